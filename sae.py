@@ -1,11 +1,19 @@
-"""DOCSTRING"""
+"""sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
+
+    python sae.py --steps 1000                    # trains a small transformer first, once
+    python sae.py --model gelu-1l --steps 100000  # the first replication's setting
+After Towards Monosemanticity (Bricken et al. 2023). The first prints, after some minutes:
+NUMBERS
+It reads from top to bottom: 1 config, 2 language model, 3 data, 4 activation buffer,
+5 autoencoder, 6 training, 7 evaluation, 8 looking; each part can be copied out on its own.
+"""
 
 import itertools
 import json
 import random
-import re
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,7 +45,7 @@ class Config:
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
     batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
-    l1: float | None = HfArg(default=None, help="L1 weight; else 0.1 x |x - mean|, typically")
+    l1: float | None = HfArg(default=None, help="L1 weight; else 0.13 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
     lr: float | None = HfArg(default=None, help="peak learning rate; else 0.09 / sqrt(d_in)")
     buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
@@ -45,7 +53,6 @@ class Config:
     device: str | None = HfArg(default=None, help="cpu, cuda, mps; else the best there is")
     out: str | None = HfArg(default=None, help="output folder; else runs/<model>")
     load: str | None = HfArg(default=None, help="start from run1, run2, a folder or a .pt file")
-    resume: bool = HfArg(default=False, help="go on from the last checkpoint in --out")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
     features: str | None = HfArg(default=None, help="what the report shows, as in 12,34,56")
     cache: str = HfArg(default="~/.cache/sae.py", help="where tiny-1l is kept once it is trained")
@@ -76,8 +83,8 @@ def load_model(name, device="cpu", cache="~/.cache/sae.py"):
     return model.eval().requires_grad_(False)
 
 def tiny_1l(folder, device, steps=1000):
-    """The paper's transformer, trained on the Python source that is on this machine, and kept.
-    The real thing in small: the paper, too, trained its own one-layer transformer."""
+    """The paper's transformer in small, trained as the paper did its own: here on this machine's
+    Python source, in about two minutes on two cores, once, and kept in `folder`."""
     shape = dict(n_layers=1, d_model=128, n_heads=4, d_head=32, d_mlp=512, n_ctx=128, d_vocab=2048)
     model = TransformerBridge.boot_native(shape | dict(act_fn="gelu", seed=0), device=device)
     if not folder.exists():
@@ -86,12 +93,10 @@ def tiny_1l(folder, device, steps=1000):
         texts, special = (row["text"] for row in documents("stdlib")), ["<bos>", "<eos>"]
         bpe.train_from_iterator(texts, 2048, special_tokens=special, show_progress=False)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe._tokenizer, bos_token=special[0], eos_token=special[1])
-        embedding, *others = model.parameters()  # an embedding moves only where its token occurs:
-        groups = [{"params": embedding, "lr": 2e-2}, {"params": others, "lr": 5e-3}]  # in big steps
-        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda step: min(1, (step + 1) / 50, (1 - step / steps) / 0.7))
+            tokenizer_object=bpe._tokenizer, bos_token="<bos>", eos_token="<eos>")
+        embedding, *others = model.parameters()  # embeddings move only where their token occurs
+        adam = torch.optim.AdamW([{"params": embedding}, {"params": others}], betas=(0.9, 0.95))
+        rate = torch.optim.lr_scheduler.OneCycleLR(adam, [2e-2, 5e-3], steps, pct_start=0.1)
         rows = token_rows("stdlib", tokenizer)
         for _ in tqdm(range(steps), f"training tiny-1l, once, into {folder}"):
             tokens = torch.tensor(list(itertools.islice(rows, 16)), device=device)  # [16, seq_len]
@@ -111,7 +116,6 @@ def harvest(model, hook, tokens):
     """The activations at `hook` for tokens [rows, seq_len] -> [rows, seq_len, d_in]"""
     def stop(act, hook):  # ends the forward pass: what lies above the hook is not computed
         raise StopAtLayerException(act)
-
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
         return model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)]).flatten(2).float()
 
@@ -119,9 +123,10 @@ def harvest(model, hook, tokens):
 def documents(dataset):
     """A stream of examples with a column `text` or `tokens`, read as they are needed."""
     if dataset == "stdlib":  # the Python standard library's source, less what is dull to read
-        root = Path(json.__file__).parents[1]
-        dull = re.compile(r"/(\w+-packages|tests?|encodings|pydoc_data|idlelib|lib2to3|turtledemo)/")
-        dataset = sorted(str(f) for f in root.rglob("*.py") if not dull.search(f.as_posix(), len(str(root))))
+        root, dull = Path(json.__file__).parents[1], {
+            "site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "idlelib"}
+        files = [f for f in root.rglob("*.py") if not dull & {*f.relative_to(root).parts}]
+        dataset = sorted(map(str, files))
     elif not (set("*?[") & set(dataset) or Path(dataset).is_file()):
         return load_dataset(dataset, split="train", streaming=True)
     return load_dataset(
@@ -132,7 +137,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     out from these, each of them once, with the number of its document.
     A column `tokens` is cut as in the first replication: 1,024 -> 8 x 128, BOS in the place of each
     piece's first token. A column `text` is tokenised and packed, EOS after each document."""
-    bos, eos, document, found = tokenizer.bos_token_id, tokenizer.eos_token_id, 0, False
+    bos, eos, document = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
     for turn in range(1) if held_out else itertools.count():
         for batch in documents(dataset).shuffle(seed=0, buffer_size=1000).batch(64):
             if "tokens" in batch:
@@ -153,10 +158,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
                     if (zlib.crc32(repr(row).encode()) % 16 == 0) == held_out:
                         rows.append((row, number[i]) if held_out else row)
             random.Random(0).shuffle(rows)  # neighbours are alike, and should not be together
-            found = found or len(rows) > 0
             yield from rows
-        if not found:
-            raise ValueError(f"--dataset {dataset} is too short for rows of {seq_len} tokens")
         if turn == 0 and not held_out:
             tqdm.write("The data has come to its end and starts again.")
 
@@ -165,38 +167,30 @@ class ActivationBuffer:
     """Serves activations [batch_size, d_in] in random order, each of them once.
     The tokens of one text are alike, and a gradient wants variety: hence a store of activations
     from many texts, served through a permutation and refilled when half of it is spent."""
-
     def __init__(self, model, hook, rows, batch_size, n_batches, device="cpu"):
-        self.model, self.hook, self.rows = model, hook, rows
-        self.batch_size, self.device = batch_size, torch.device(device)
-        act = self.harvest(1)                                                # [1, seq_len, d_in]
+        self.model, self.hook, self.rows, self.batch_size = model, hook, rows, batch_size
+        act = harvest(model, hook, torch.tensor([next(rows)], device=device))  # [1, seq_len, d_in]
         self.per_row, self.d_in = act.shape[1] - 1, act.shape[2]             # -1: BOS stays out
         # On a GPU, bfloat16: half the memory, and the digits that matter. CPUs are slow at it.
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if act.is_cuda else torch.float32
         self.store = torch.empty(n_batches * batch_size, self.d_in, dtype=dtype, device=device)
         # Nothing in `store` ever moves (to shuffle it would take it twice). `order` is the order of
         # serving; its first `spent` entries have been served: to begin with, all of them.
         self.order, self.spent = torch.arange(len(self.store), device=device), len(self.store)
 
-    def harvest(self, n):
-        """The activations of the next n rows [n, seq_len, d_in]"""
-        tokens = torch.tensor(list(itertools.islice(self.rows, n)), device=self.device)
-        return harvest(self.model, self.hook, tokens)
-
-    def refill(self, rows_at_once=16):
-        """Overwrite what is spent, and only that, in place; then shuffle the order."""
+    def refill(self, rows_at_once=16):  # overwrites what is spent, and only that, in place
         full = self.spent // self.per_row * self.per_row                     # whole rows of tokens
         for slots in self.order[:full].split(rows_at_once * self.per_row):
-            act = self.harvest(len(slots) // self.per_row)
+            rows = list(itertools.islice(self.rows, len(slots) // self.per_row))
+            act = harvest(self.model, self.hook, torch.tensor(rows, device=slots.device))
             # BOS has the same activation in every row, far from all others: nothing to learn.
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
             self.store[slots] = act.to(self.store.dtype)
         live = torch.cat([self.order[:full], self.order[self.spent:]])
-        live = live[torch.randperm(len(live)).to(self.device)]
+        live = live[torch.randperm(len(live)).to(self.order.device)]
         self.order, self.spent = torch.cat([self.order[full:self.spent], live]), self.spent - full
 
-    def next(self):
-        """-> [batch_size, d_in], float32"""
+    def next(self):  # -> [batch_size, d_in], float32
         if self.spent > len(self.order) // 2:
             self.refill()
         self.spent += self.batch_size
@@ -207,13 +201,11 @@ class SparseAutoencoder(torch.nn.Module):
     """x_hat = f @ W_dec + b_dec  with  f = ReLU((x - b_dec) @ W_enc + b_enc)  and most of f zero.
     Row i of W_dec, of length 1, is feature i's direction in the space of the activations x.
     k=None is the paper's ReLU with an L1 penalty; an integer is TopK (Gao et al. 2024)."""
-
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
         W_dec = F.normalize(torch.randn(d_sae, d_in), dim=-1)
-        # A feature begins by reading what it writes. At full strength, so many overlapping ones
-        # would add up to far more than x; 0.3 of it was the best of those tried.
+        # A feature begins by reading what it writes: at 0.3, or all of them would add up to too much
         self.W_enc = torch.nn.Parameter(0.3 * W_dec.T.contiguous())          # [d_in, d_sae]
         self.W_dec = torch.nn.Parameter(W_dec)                               # [d_sae, d_in]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -224,20 +216,17 @@ class SparseAutoencoder(torch.nn.Module):
         # and not once per example, and x needs no gradient: 5 matrix products a step, not 6.
         return F.linear(x, self.W_enc.T, self.b_enc - self.b_dec @ self.W_enc)  # [batch, d_sae]
 
-    def encode(self, x):
-        """x [batch, d_in] -> f [batch, d_sae]"""
+    def encode(self, x):  # [batch, d_in] -> f [batch, d_sae]
         pre = self.pre_activations(x)
         if self.k is None:
             return F.relu(pre)
         values, index = pre.topk(self.k)                                     # [batch, k] each
         return torch.zeros_like(pre).scatter(-1, index, F.relu(values))
 
-    def decode(self, f):
-        """f [batch, d_sae] -> x_hat [batch, d_in]"""
+    def decode(self, f):  # [batch, d_sae] -> x_hat [batch, d_in]
         return F.linear(f, self.W_dec.T, self.b_dec)
 
-    def forward(self, x):
-        """x [batch, d_in] -> x_hat [batch, d_in], f [batch, d_sae]"""
+    def forward(self, x):  # [batch, d_in] -> x_hat [batch, d_in], f [batch, d_sae]
         f = self.encode(x)
         return self.decode(f), f
 
@@ -250,9 +239,9 @@ class SparseAutoencoder(torch.nn.Module):
         else:
             # f @ W_dec would multiply by d_sae - k zeros. What is left is a sum of k rows of W_dec
             # weighted by f; embedding_bag computes just that, and the same gradients.
-            f, index = self.pre_activations(x).topk(self.k)                  # [batch, k] each
+            f, i = self.pre_activations(x).topk(self.k)                      # [batch, k] each
             f = F.relu(f)
-            x_hat = F.embedding_bag(index, self.W_dec, per_sample_weights=f, mode="sum") + self.b_dec
+            x_hat = self.b_dec + F.embedding_bag(i, self.W_dec, per_sample_weights=f, mode="sum")
         return (x_hat - x).pow(2).sum(-1).mean() + l1 * f.sum(-1).mean(), x_hat, f
 
     # The unit-norm rule. Without it the L1 term is cheated: halve f, double W_dec, same x_hat.
@@ -264,16 +253,11 @@ class SparseAutoencoder(torch.nn.Module):
     # half, then had it before step(): what was evaluated or saved was always one step off.
     @torch.no_grad()
     def project_gradient(self):
-        along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)         # [d_sae, 1]
-        self.W_dec.grad -= along * self.W_dec
+        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
 
     @torch.no_grad()
-    def normalize(self, keep_x_hat=False):
-        norms = self.W_dec.norm(dim=-1)                                      # [d_sae]
-        if keep_x_hat:  # f takes over the lengths: for an SAE that comes without unit norms
-            self.W_enc *= norms
-            self.b_enc *= norms
-        self.W_dec /= norms[:, None]
+    def normalize(self):
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
     def save(self, folder, **metadata):
         """Write two files that SAELens reads, too: SAE.load_from_disk(folder)"""
@@ -283,8 +267,10 @@ class SparseAutoencoder(torch.nn.Module):
         cfg |= dict(k=self.k, rescale_acts_by_decoder_norm=False) if self.k else {}
         weights = {name: p.detach().cpu() for name, p in self.named_parameters()}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write(f"{folder}/cfg.json", lambda f: f.write_text(json.dumps(cfg, indent=1)))
-        write(f"{folder}/sae_weights.safetensors", lambda f: save_file(weights, f))
+        for name, write in {"sae_weights.safetensors": lambda f: save_file(weights, f),
+                            "cfg.json": lambda f: f.write_text(json.dumps(cfg))}.items():
+            write(part := Path(folder, name + ".part"))
+            part.replace(Path(folder, name))  # a crash leaves the old file or the new, no half
 
     @classmethod
     def load(cls, source, device="cpu"):
@@ -298,22 +284,13 @@ class SparseAutoencoder(torch.nn.Module):
             else:
                 cfg = json.loads((path / "cfg.json").read_text())
                 weights = load_file(path / "sae_weights.safetensors")
-            for key, known in ("architecture", "standard topk"), ("normalize_activations", "none"):
-                if cfg.get(key, "none") not in f"{known} none":
-                    raise ValueError(f"its {key} is {cfg[key]}; known here: {known}")
-            sae = cls(*weights["W_enc"].shape, cfg.get("k")).to(device)
+            if cfg.get("architecture") not in (None, "standard", "topk"):
+                raise ValueError(f"the architecture {cfg['architecture']} is not known here")
+            sae = cls(*weights["W_enc"].shape, cfg.get("k"))
             sae.load_state_dict(weights)
         except Exception as error:
-            raise ValueError(f"--load {source}: no SAE could be loaded from there (run1, run2, a "
-                             f"folder with cfg.json, or a .pt file): {error!r}") from error
-        if cfg.get("rescale_acts_by_decoder_norm"):
-            sae.normalize(keep_x_hat=True)
-        return sae
-
-def write(path, save):
-    """Write a file so that a crash at any moment leaves the old one or the new, never a half."""
-    save(part := Path(f"{path}.part"))
-    part.replace(path)
+            raise ValueError(f"--load {source} (run1, run2, a folder or .pt): {error!r}") from error
+        return sae.to(device)
 
 # ---- 6. Training ---------------------------------------------------------------------------------
 @torch.no_grad()
@@ -330,25 +307,24 @@ def resample(sae, adam, dead, x):
         adam.state[sae.W_dec][moment][dead] = adam.state[sae.b_enc][moment][dead] = 0.0
 
 def train(cfg, sae, buffer, out):
-    """Train `sae` in place; fills the folder `out`."""
+    """Train `sae` in place; writes checkpoints and train.jsonl into the folder `out`."""
     x = buffer.next()                                                        # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
-    l1 = 0.0 if sae.k else 0.1 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
-    if not cfg.load:
-        sae.b_dec.data = x.mean(0)
-    sae.normalize(keep_x_hat=True)
+    l1 = 0.0 if sae.k else 0.13 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
+    sae.b_dec.data = sae.b_dec.data if cfg.load else x.mean(0)
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     since_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=x.device)  # in steps
-    log = open(f"{out}/train.jsonl", "w")
-    try:
+    about = {"model_name": cfg.model, "hook_name": cfg.hook, "dataset_path": cfg.dataset}
+    with open(out / "train.jsonl", "w") as log, suppress(KeyboardInterrupt):
         for step in (bar := tqdm(range(cfg.steps))):
-            warm, left = min(1, (step + 1) / (0.05 * cfg.steps)), 1 - step / cfg.steps
+            left = 1 - step / cfg.steps
+            warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
             for group, unit in zip(adam.param_groups, (1, scale)):  # biases are in units of x
-                group["lr"] = lr * unit * warm * min(1, left / 0.2)
+                group["lr"] = lr * unit * warm * decay
             x = buffer.next()                                                # [batch, d_in]
-            loss, x_hat, f = sae.loss(x, l1 * warm)
+            loss, x_hat, f = sae.loss(x, l1 * warm * (1 + decay) / 2)
             loss.backward()
             # A feature that fired for any example has a gradient on its bias; the others: 0.
             since_fired = torch.where(sae.b_enc.grad == 0, since_fired + 1, 0)
@@ -364,40 +340,33 @@ def train(cfg, sae, buffer, out):
             if save or step % 25 == 0:  # seldom: a GPU must be waited for to read a number off it
                 row = {"step": step + 1, "loss": loss, "l0": (f > 0).sum() / len(x),
                        "fvu": (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(),
-                       "dead": dead.float().mean(), "size": sae.W_enc.norm() + sae.b_dec.norm()}
+                       "dead": dead.float().mean(), "weights": sae.W_enc.norm() + sae.b_dec.norm()}
                 row = {name: round(float(value), 4) for name, value in row.items()}
                 if not sum(row.values()) < float("inf"):
-                    raise ValueError(f"not finite any more: {row}. Lower --lr; the last good "
-                                     f"checkpoint is still in {out}")
+                    raise ValueError(f"not finite: {row}; lower --lr. {out} has the last good one")
                 bar.set_postfix(row)
                 log.write(json.dumps(row) + "\n")
             if save:
-                sae.save(out)
-    except KeyboardInterrupt:
-        sae.normalize()
-        sae.save(out)
-        raise SystemExit(f"Stopped after {step} steps; what there is is saved in {out}") from None
+                sae.save(out, **about, steps=step + 1)
 
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """-> metrics, and how often each feature fires: [d_sae], as a share of the activations
     rows [n, seq_len]: none of them trained on. Cross-entropies are in nats per token."""
-    def cross_entropy(replace=None):
+    def cross_entropy(replace):
         def splice(act, hook):  # act [rows, seq_len, d_in]; BOS, at position 0, is left alone
             return torch.cat([act[:, :1], replace(act[:, 1:].flatten(2)).view_as(act[:, 1:])], 1)
-
-        hooks = [(hook, splice)] if replace else []
-        return sum(model.run_with_hooks(part, return_type="loss", fwd_hooks=hooks).item() * len(part)
-                   for part in rows.split(16)) / len(rows)
-
+        losses = [model.run_with_hooks(part, return_type="loss", fwd_hooks=[(hook, splice)])
+                  for part in rows.split(16)]
+        return torch.stack(losses).mean().item()
     x = torch.cat([harvest(model, hook, part)[:, 1:] for part in rows.split(16)])  # [n, pos, d_in]
     mean, error, fired = x.mean((0, 1)), 0.0, 0
     for part in x.split(16):
         x_hat, f = sae(part)
         error, fired = error + (x_hat - part).pow(2).sum(), fired + (f > 0).sum((0, 1))  # [d_sae]
     ce, ce_sae, ce_zero, ce_mean = map(
-        cross_entropy, (None, lambda x: sae(x)[0], torch.zeros_like, mean.expand_as))
+        cross_entropy, (lambda x: x, lambda x: sae(x)[0], torch.zeros_like, mean.expand_as))
     # 1 if x_hat is as good for the model as x, 0 if no better than zeros. A model that does as well
     # with zeros (an untrained one) leaves nothing to recover, and then there is no number.
     recovered = (ce_zero - ce_sae) / (ce_zero - ce) if ce_zero - ce > 0.01 else None
@@ -409,7 +378,7 @@ def evaluate(model, hook, sae, rows):
 # ---- 8. Looking ----------------------------------------------------------------------------------
 def show(tokenizer, tokens):
     """Tokens as strings, with what cannot be seen made visible."""
-    for text in tokenizer.batch_decode([[t] for t in tokens]):
+    for text in tokenizer.batch_decode([[token] for token in tokens]):
         text = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
         yield "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
@@ -430,9 +399,7 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
     rows [n, seq_len] and document [n], the number of the text in which each row begins."""
     console, norms = Console(record=True, width=100), sae.W_dec.norm(dim=-1)
     for name, value in metrics.items():
-        console.print(f"{name:>14}  {value if value is None else round(value, 4)}")
-    if metrics["loss_recovered"] is None:
-        console.print("The model does as well without these activations: there is no loss to recover.")
+        console.print(f"{name:>14}  {'nothing to recover' if value is None else round(value, 4)}")
     console.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
     console.print("How many features (bars) fire how often (log10 of the share of tokens)")
     density = frequency[frequency > 0].log10().histc(20, -5, 0).tolist()
@@ -441,55 +408,56 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
     if chosen is None:  # twenty, evenly from rare to frequent, of those seen often enough to judge
         seen = frequency.argsort()[(frequency * rows.numel() < 10).sum():]
         chosen = seen[torch.linspace(0, len(seen) - 1, min(20, len(seen))).long()].tolist()
-    act = torch.cat([sae.encode(harvest(model, hook, part))[..., chosen] for part in rows.split(16)])
-    act[:, 0] = 0.0                                                          # BOS
+    act = [sae.encode(harvest(model, hook, part))[..., chosen] for part in rows.split(16)]
+    act = rearrange(torch.cat(act), "row pos feature -> feature row pos")
+    act[..., 0] = 0.0                                                        # BOS
     texts = document[:, None] + (rows == model.tokenizer.eos_token_id).cumsum(1)  # [n, seq_len]
-    for i, a in zip(chosen, rearrange(act, "row pos feature -> feature row pos")):
-        console.print(f"\n[bold]feature {i} fires on {frequency[i]:.3%} of tokens, up to {a.max():.2f}")
+    for i, a in zip(chosen, act):                                            # a [n, seq_len]
+        console.print(f"\n[bold]feature {i}: on {frequency[i]:.3%} of tokens, up to {a.max():.2f}")
         if (effect := logit_effect(model, hook, sae.W_dec[i])) is not None:
             for word, sign in ("up", 1), ("down", -1):
                 tokens = show(model.tokenizer, (sign * effect).topk(8).indices)
                 console.print(Text(f"{word:>7}  " + "  ".join(tokens)))
-        peaks = a.new_zeros(int(texts.max()) + 1)                            # one of each text
-        peaks = peaks.scatter_reduce(0, texts.flatten(), a.flatten(), "amax").topk(min(5, len(peaks)))
-        for peak, text in zip(*peaks):
+        peaks = a.new_zeros(int(texts.max()) + 1).scatter_reduce(
+            0, texts.flatten(), a.flatten(), "amax")                         # the best of each text
+        for peak, text in zip(*peaks.topk(min(5, len(peaks)))):
             row, pos = divmod(int((a * (texts == text)).argmax()), rows.shape[1])
-            window, line = slice(max(1, pos - 12), pos + 8), Text(f"{peak:7.2f}  ", no_wrap=True)
-            strength = a[row, window] / a.max()
-            for token, level in zip(show(model.tokenizer, rows[row, window]), strength.tolist()):
+            line, window = Text(f"{peak:7.2f}  "), (row, slice(max(1, pos - 12), pos + 8))
+            for token, level in zip(show(model.tokenizer, rows[window]), a[window] / a.max()):
                 tint = 255 - int(level * 150)  # black on a tint reads well on light and dark alike
                 line.append(token, f"black on rgb(255,{tint},{tint // 2})" if level > 0 else "")
-            console.print(line)
+            console.print(line, no_wrap=True, overflow="ellipsis")
     console.save_html(path)
 
 # ---- All of it, in order -------------------------------------------------------------------------
 def run(cfg):
     """What the paper's abstract says."""
-    out = Path(cfg.out)
+    out, began = Path(cfg.out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    out.joinpath("metrics.json.part").touch()  # if it cannot be written, better to know it now
+    (out / "train.jsonl").touch()  # if the folder cannot be written, better to know it now
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
-    began, model = time.time(), load_model(cfg.model, cfg.device, cfg.cache)
+    model = load_model(cfg.model, cfg.device, cfg.cache)
     if cfg.hook not in model.hook_dict:
-        near = get_close_matches(cfg.hook, model.hook_dict, 5, 0)
-        raise ValueError(f"--hook {cfg.hook} is not in {cfg.model}; the nearest are {near}")
-    held_out = itertools.islice(token_rows(cfg.dataset, model.tokenizer, held_out=True), 384)
+        raise ValueError(f"--hook {cfg.hook} is not in {cfg.model}; the nearest there are "
+                         f"{get_close_matches(cfg.hook, model.hook_dict, 4, 0)}")
+    held_out = [*itertools.islice(token_rows(cfg.dataset, model.tokenizer, held_out=True), 384)]
+    if len(held_out) < 2:
+        raise ValueError(f"--dataset {cfg.dataset} is too short: it has few rows of 128 tokens")
     rows, document = (torch.tensor(column, device=cfg.device) for column in zip(*held_out))
     stream = token_rows(cfg.dataset, model.tokenizer)
     buffer = ActivationBuffer(model, cfg.hook, stream, cfg.batch_size, cfg.buffer, cfg.device)
+    sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k).to(cfg.device)
     if cfg.load:
         sae = SparseAutoencoder.load(cfg.load, cfg.device)
-    else:
-        sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k).to(cfg.device)
     if sae.d_in != buffer.d_in or (sae.k or 0) > sae.d_sae:
-        raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k} do not fit {cfg.hook}, "
-                         f"whose d_in is {buffer.d_in}")
+        raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k} of the SAE do not fit the "
+                         f"d_in of --hook {cfg.hook}, {buffer.d_in}")
     if cfg.steps:
         train(cfg, sae, buffer, out)
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics |= dict(steps=cfg.steps, tokens=cfg.steps * cfg.batch_size, seconds=time.time() - began)
-    write(out / "metrics.json", lambda f: f.write_text(json.dumps(metrics, indent=1)))
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     chosen = [int(i) for i in cfg.features.split(",")] if cfg.features else None
     report(model, cfg.hook, sae, rows, document, metrics, frequency, out / "report.html", chosen)
 
