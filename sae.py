@@ -45,7 +45,7 @@ class Config:
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
     batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
-    l1: float | None = HfArg(default=None, help="L1 weight; else 0.13 x the length of x - mean")
+    l1: float | None = HfArg(default=None, help="L1 weight; else 0.08 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
     lr: float | None = HfArg(default=None, help="peak learning rate; else 0.09 / sqrt(d_in)")
     buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
@@ -95,8 +95,10 @@ def tiny_1l(folder, device, steps=1000):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe._tokenizer, bos_token="<bos>", eos_token="<eos>")
         embedding, *others = model.parameters()  # embeddings move only where their token occurs
-        adam = torch.optim.AdamW([{"params": embedding}, {"params": others}], betas=(0.9, 0.95))
-        rate = torch.optim.lr_scheduler.OneCycleLR(adam, [2e-2, 5e-3], steps, pct_start=0.1)
+        groups = [{"params": embedding, "lr": 2e-2}, {"params": others, "lr": 5e-3}]
+        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            adam, lambda step: min(1, (step + 1) / 50, (1 - step / steps) / 0.7))
         rows = token_rows("stdlib", tokenizer)
         for _ in tqdm(range(steps), f"training tiny-1l, once, into {folder}"):
             tokens = torch.tensor(list(itertools.islice(rows, 16)), device=device)  # [16, seq_len]
@@ -123,8 +125,9 @@ def harvest(model, hook, tokens):
 def documents(dataset):
     """A stream of examples with a column `text` or `tokens`, read as they are needed."""
     if dataset == "stdlib":  # the Python standard library's source, less what is dull to read
-        root, dull = Path(json.__file__).parents[1], {
-            "site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "idlelib"}
+        root, dull = Path(json.__file__).parents[1], set(
+            "site-packages dist-packages test tests encodings pydoc_data idlelib lib2to3 turtledemo"
+            .split())
         files = [f for f in root.rglob("*.py") if not dull & {*f.relative_to(root).parts}]
         dataset = sorted(map(str, files))
     elif not (set("*?[") & set(dataset) or Path(dataset).is_file()):
@@ -311,7 +314,7 @@ def train(cfg, sae, buffer, out):
     x = buffer.next()                                                        # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
-    l1 = 0.0 if sae.k else 0.13 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
+    l1 = 0.0 if sae.k else 0.08 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
     sae.b_dec.data = sae.b_dec.data if cfg.load else x.mean(0)
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -338,7 +341,7 @@ def train(cfg, sae, buffer, out):
                 since_fired[dead] = 0
             save = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
             if save or step % 25 == 0:  # seldom: a GPU must be waited for to read a number off it
-                row = {"step": step + 1, "loss": loss, "l0": (f > 0).sum() / len(x),
+                row = {"step": step + 1, "loss": loss.item(), "l0": (f > 0).sum() / len(x),
                        "fvu": (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(),
                        "dead": dead.float().mean(), "weights": sae.W_enc.norm() + sae.b_dec.norm()}
                 row = {name: round(float(value), 4) for name, value in row.items()}
