@@ -1,16 +1,14 @@
 """sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
-
-    python sae.py --steps 1000                    # trains a small transformer first, once
-    python sae.py --model gelu-1l --steps 100000  # the first replication's setting
-After Towards Monosemanticity (Bricken et al. 2023). The first prints, after some minutes:
+After Towards Monosemanticity (Bricken et al. 2023). `python sae.py --steps 1000` makes a small
+transformer, once, explains its MLP and prints, in six minutes on two CPU cores:
 NUMBERS
-It reads from top to bottom: 1 config, 2 language model, 3 data, 4 activation buffer,
-5 autoencoder, 6 training, 7 evaluation, 8 looking; each part can be copied out on its own.
+`python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. Read from top
+to bottom: 1 config, 2 language model, 3 data, 4 activation buffer, 5 autoencoder, 6 training,
+7 evaluation, 8 looking; each part can be copied out on its own.
 """
 
 import itertools
 import json
-import random
 import time
 import zlib
 from contextlib import suppress
@@ -35,7 +33,6 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencoder on the Hub
-
 # ---- 1. Config: every field is a flag ------------------------------------------------------------
 @dataclass
 class Config:
@@ -45,7 +42,7 @@ class Config:
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
     batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
-    l1: float | None = HfArg(default=None, help="L1 weight; else 0.08 x the length of x - mean")
+    l1: float | None = HfArg(default=None, help="L1 weight; else 0.06 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
     lr: float | None = HfArg(default=None, help="peak learning rate; else 0.09 / sqrt(d_in)")
     buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
@@ -70,7 +67,6 @@ class Config:
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
         self.device = self.device or str(torch.accelerator.current_accelerator() or "cpu")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
-
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):
     """A frozen TransformerBridge, tokenizer included."""
@@ -120,14 +116,12 @@ def harvest(model, hook, tokens):
         raise StopAtLayerException(act)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
         return model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)]).flatten(2).float()
-
 # ---- 3. The data: text -> rows of tokens ---------------------------------------------------------
 def documents(dataset):
     """A stream of examples with a column `text` or `tokens`, read as they are needed."""
     if dataset == "stdlib":  # the Python standard library's source, less what is dull to read
-        root, dull = Path(json.__file__).parents[1], set(
-            "site-packages dist-packages test tests encodings pydoc_data idlelib lib2to3 turtledemo"
-            .split())
+        root, dull = Path(json.__file__).parents[1], {
+            "site-packages", "test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3"}
         files = [f for f in root.rglob("*.py") if not dull & {*f.relative_to(root).parts}]
         dataset = sorted(map(str, files))
     elif not (set("*?[") & set(dataset) or Path(dataset).is_file()):
@@ -136,10 +130,9 @@ def documents(dataset):
         "text", data_files=dataset, sample_by="document", split="train", streaming=True)
 
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
-    """Yields rows of tokens [seq_len] that start with BOS, shuffled, without end; or the rows held
-    out from these, each of them once, with the number of its document.
-    A column `tokens` is cut as in the first replication: 1,024 -> 8 x 128, BOS in the place of each
-    piece's first token. A column `text` is tokenised and packed, EOS after each document."""
+    """Yields rows of tokens [seq_len], BOS first, shuffled, without end; or those held out from
+    these, each once, with the number of its document. A column `tokens` is cut as in the first
+    replication (1,024 -> 8 x 128, BOS in the place of each piece's first); `text` is packed."""
     bos, eos, document = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
     for turn in range(1) if held_out else itertools.count():
         for batch in documents(dataset).shuffle(seed=0, buffer_size=1000).batch(64):
@@ -150,32 +143,28 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
                 runs, start, step = [[t for text in texts for t in [*text, eos]]], 0, seq_len - 1
             else:
                 raise ValueError(f"--dataset {dataset} has no column text or tokens: {[*batch]}")
-            rows = []
+            rows = {}
             for run in runs:
                 number = list(itertools.accumulate((t == eos for t in run), initial=document))
                 document = number[-1] + 1
                 for i in range(start, len(run) - seq_len + 2, step):
                     row = [bos, *run[i:i + seq_len - 1]]
-                    # A checksum sets one row in 16 aside: so what is evaluated is never trained
-                    # on, in whatever order, run or turn.
-                    if (zlib.crc32(repr(row).encode()) % 16 == 0) == held_out:
-                        rows.append((row, number[i]) if held_out else row)
-            random.Random(0).shuffle(rows)  # neighbours are alike, and should not be together
-            yield from rows
+                    # The checksum sets one row in 16 aside: what is evaluated is not trained on
+                    if ((check := zlib.crc32(repr(row).encode())) % 16 == 0) == held_out:
+                        rows[check] = (row, number[i]) if held_out else row
+            yield from (row for _, row in sorted(rows.items()))  # by checksum: that is, shuffled
         if turn == 0 and not held_out:
             tqdm.write("The data has come to its end and starts again.")
-
 # ---- 4. The activation buffer --------------------------------------------------------------------
 class ActivationBuffer:
     """Serves activations [batch_size, d_in] in random order, each of them once.
-    The tokens of one text are alike, and a gradient wants variety: hence a store of activations
-    from many texts, served through a permutation and refilled when half of it is spent."""
+    The tokens of one text are alike, and a gradient wants variety: hence a store from many texts,
+    served through a permutation and refilled when half of it is spent."""
     def __init__(self, model, hook, rows, batch_size, n_batches, device="cpu"):
         self.model, self.hook, self.rows, self.batch_size = model, hook, rows, batch_size
         act = harvest(model, hook, torch.tensor([next(rows)], device=device))  # [1, seq_len, d_in]
         self.per_row, self.d_in = act.shape[1] - 1, act.shape[2]             # -1: BOS stays out
-        # On a GPU, bfloat16: half the memory, and the digits that matter. CPUs are slow at it.
-        dtype = torch.bfloat16 if act.is_cuda else torch.float32
+        dtype = torch.bfloat16 if act.is_cuda else torch.float32  # CPUs are slow at bfloat16
         self.store = torch.empty(n_batches * batch_size, self.d_in, dtype=dtype, device=device)
         # Nothing in `store` ever moves (to shuffle it would take it twice). `order` is the order of
         # serving; its first `spent` entries have been served: to begin with, all of them.
@@ -198,7 +187,6 @@ class ActivationBuffer:
             self.refill()
         self.spent += self.batch_size
         return self.store[self.order[self.spent - self.batch_size:self.spent]].float()
-
 # ---- 5. The autoencoder --------------------------------------------------------------------------
 class SparseAutoencoder(torch.nn.Module):
     """x_hat = f @ W_dec + b_dec  with  f = ReLU((x - b_dec) @ W_enc + b_enc)  and most of f zero.
@@ -208,7 +196,7 @@ class SparseAutoencoder(torch.nn.Module):
         super().__init__()
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
         W_dec = F.normalize(torch.randn(d_sae, d_in), dim=-1)
-        # A feature begins by reading what it writes: at 0.3, or all of them would add up to too much
+        # A feature begins by reading what it writes; at 0.3, or all together would be too much
         self.W_enc = torch.nn.Parameter(0.3 * W_dec.T.contiguous())          # [d_in, d_sae]
         self.W_dec = torch.nn.Parameter(W_dec)                               # [d_sae, d_in]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -249,18 +237,17 @@ class SparseAutoencoder(torch.nn.Module):
 
     # The unit-norm rule. Without it the L1 term is cheated: halve f, double W_dec, same x_hat.
     # It has two halves, and a training step is: project_gradient, optimizer.step, normalize.
-    # One: of the gradient of a row, the part along the row could only change its length. Adam must
-    # not see it, or it fills Adam's moments and bends all later steps. So it goes *before* step().
-    # Two: a step at a right angle to a row still makes it longer (Pythagoras), if by little. So
-    # the rows are brought back to length 1, and *after* step(). The first replication lacked this
-    # half, then had it before step(): what was evaluated or saved was always one step off.
-    @torch.no_grad()
+    # One: the part of a row's gradient along the row could only change its length. It goes *before*
+    # step(), or it would fill Adam's moments and bend all later steps.
+    # Two: a step at a right angle to a row still makes it longer (Pythagoras), so the rows are
+    # brought back to length 1 *after* step(). The first replication lacked this half, then had it
+    # before step(): whatever was evaluated or saved was one step off.
     def project_gradient(self):
-        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+        W, grad = self.W_dec.data, self.W_dec.grad                           # [d_sae, d_in] each
+        grad -= (grad * W).sum(-1, keepdim=True) * W
 
-    @torch.no_grad()
     def normalize(self):
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+        self.W_dec.data /= self.W_dec.data.norm(dim=-1, keepdim=True)
 
     def save(self, folder, **metadata):
         """Write two files that SAELens reads, too: SAE.load_from_disk(folder)"""
@@ -294,7 +281,6 @@ class SparseAutoencoder(torch.nn.Module):
         except Exception as error:
             raise ValueError(f"--load {source} (run1, run2, a folder or .pt): {error!r}") from error
         return sae.to(device)
-
 # ---- 6. Training ---------------------------------------------------------------------------------
 @torch.no_grad()
 def resample(sae, adam, dead, x):
@@ -314,7 +300,7 @@ def train(cfg, sae, buffer, out):
     x = buffer.next()                                                        # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
-    l1 = 0.0 if sae.k else 0.08 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
+    l1 = 0.0 if sae.k else 0.06 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
     sae.b_dec.data = sae.b_dec.data if cfg.load else x.mean(0)
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -339,8 +325,8 @@ def train(cfg, sae, buffer, out):
             if step % (cfg.steps // 20 + 1) == 0 and 0.2 < left < 1 and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
                 since_fired[dead] = 0
-            save = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
-            if save or step % 25 == 0:  # seldom: a GPU must be waited for to read a number off it
+            save = (step + 1) % cfg.save_every == 0
+            if save or step % 25 == 0 or left < 1.5 / cfg.steps:  # seldom: a GPU has to wait for it
                 row = {"step": step + 1, "loss": loss.item(), "l0": (f > 0).sum() / len(x),
                        "fvu": (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(),
                        "dead": dead.float().mean(), "weights": sae.W_enc.norm() + sae.b_dec.norm()}
@@ -351,7 +337,8 @@ def train(cfg, sae, buffer, out):
                 log.write(json.dumps(row) + "\n")
             if save:
                 sae.save(out, **about, steps=step + 1)
-
+    sae.normalize()  # for Ctrl-C may have come between step() and normalize()
+    sae.save(out, **about, steps=step + 1)
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
@@ -370,14 +357,12 @@ def evaluate(model, hook, sae, rows):
         error, fired = error + (x_hat - part).pow(2).sum(), fired + (f > 0).sum((0, 1))  # [d_sae]
     ce, ce_sae, ce_zero, ce_mean = map(
         cross_entropy, (lambda x: x, lambda x: sae(x)[0], torch.zeros_like, mean.expand_as))
-    # 1 if x_hat is as good for the model as x, 0 if no better than zeros. A model that does as well
-    # with zeros (an untrained one) leaves nothing to recover, and then there is no number.
+    # 1: x_hat is as good for the model as x. 0: no better than zeros. None: nor is x (untrained).
     recovered = (ce_zero - ce_sae) / (ce_zero - ce) if ce_zero - ce > 0.01 else None
     frequency = fired / x[..., 0].numel()
     return dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero, ce_mean=ce_mean,
                 l0=frequency.sum().item(), fvu=(error / (x - mean).pow(2).sum()).item(),
                 dead=(fired == 0).float().mean().item()), frequency
-
 # ---- 8. Looking ----------------------------------------------------------------------------------
 def show(tokenizer, tokens):
     """Tokens as strings, with what cannot be seen made visible."""
@@ -418,9 +403,8 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
     for i, a in zip(chosen, act):                                            # a [n, seq_len]
         console.print(f"\n[bold]feature {i}: on {frequency[i]:.3%} of tokens, up to {a.max():.2f}")
         if (effect := logit_effect(model, hook, sae.W_dec[i])) is not None:
-            for word, sign in ("up", 1), ("down", -1):
-                tokens = show(model.tokenizer, (sign * effect).topk(8).indices)
-                console.print(Text(f"{word:>7}  " + "  ".join(tokens)))
+            for word, top in ("up", effect.topk(8)), ("down", (-effect).topk(8)):
+                console.print(Text(f"{word:>7}  " + "  ".join(show(model.tokenizer, top.indices))))
         peaks = a.new_zeros(int(texts.max()) + 1).scatter_reduce(
             0, texts.flatten(), a.flatten(), "amax")                         # the best of each text
         for peak, text in zip(*peaks.topk(min(5, len(peaks)))):
@@ -431,19 +415,17 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
                 line.append(token, f"black on rgb(255,{tint},{tint // 2})" if level > 0 else "")
             console.print(line, no_wrap=True, overflow="ellipsis")
     console.save_html(path)
-
 # ---- All of it, in order -------------------------------------------------------------------------
 def run(cfg):
     """What the paper's abstract says."""
     out, began = Path(cfg.out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "train.jsonl").touch()  # if the folder cannot be written, better to know it now
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     model = load_model(cfg.model, cfg.device, cfg.cache)
     if cfg.hook not in model.hook_dict:
-        raise ValueError(f"--hook {cfg.hook} is not in {cfg.model}; the nearest there are "
-                         f"{get_close_matches(cfg.hook, model.hook_dict, 4, 0)}")
+        near = get_close_matches(cfg.hook, model.hook_dict, 3, 0)
+        raise ValueError(f"--hook {cfg.hook}: {cfg.model} has none of that name, but {near}")
     held_out = [*itertools.islice(token_rows(cfg.dataset, model.tokenizer, held_out=True), 384)]
     if len(held_out) < 2:
         raise ValueError(f"--dataset {cfg.dataset} is too short: it has few rows of 128 tokens")
@@ -454,8 +436,7 @@ def run(cfg):
     if cfg.load:
         sae = SparseAutoencoder.load(cfg.load, cfg.device)
     if sae.d_in != buffer.d_in or (sae.k or 0) > sae.d_sae:
-        raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k} of the SAE do not fit the "
-                         f"d_in of --hook {cfg.hook}, {buffer.d_in}")
+        raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}; d_in is {buffer.d_in}")
     if cfg.steps:
         train(cfg, sae, buffer, out)
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
@@ -471,7 +452,8 @@ def main(argv=None):
     try:
         run(Config(**vars(args)))
     except (OSError, ValueError) as error:  # what the user can put right; bugs show their traceback
-        parser.exit(2, f"sae.py: {' '.join(str(error).split())}\n")
+        hint = " (--model tiny-1l needs no network)" if "connect" in str(error) else ""
+        parser.exit(2, f"sae.py: {' '.join(str(error).split())}{hint}\n")
 
 if __name__ == "__main__":
     main()
