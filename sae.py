@@ -42,7 +42,7 @@ class Config:
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
     batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
-    l1: float | None = HfArg(default=None, help="L1 weight; else 0.06 x the length of x - mean")
+    l1: float | None = HfArg(default=None, help="L1 weight; else 0.075 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
     lr: float | None = HfArg(default=None, help="peak learning rate; else 0.09 / sqrt(d_in)")
     buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
@@ -78,7 +78,7 @@ def load_model(name, device="cpu", cache="~/.cache/sae.py"):
         model = TransformerBridge.boot_transformers(name, device=device)
     return model.eval().requires_grad_(False)
 
-def tiny_1l(folder, device, steps=1000):
+def tiny_1l(folder, device, steps=1200):
     """The paper's transformer in small, trained as the paper did its own: here on this machine's
     Python source, in about two minutes on two cores, once, and kept in `folder`."""
     shape = dict(n_layers=1, d_model=128, n_heads=4, d_head=32, d_mlp=512, n_ctx=128, d_vocab=2048)
@@ -90,8 +90,8 @@ def tiny_1l(folder, device, steps=1000):
         bpe.train_from_iterator(texts, 2048, special_tokens=special, show_progress=False)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe._tokenizer, bos_token="<bos>", eos_token="<eos>")
-        embedding, *others = model.parameters()  # embeddings move only where their token occurs
-        groups = [{"params": embedding, "lr": 2e-2}, {"params": others, "lr": 5e-3}]
+        embedding, *others = model.parameters()  # an embedding moves only where its token occurs
+        groups = [{"params": embedding, "lr": 2e-2}, {"params": others, "lr": 4e-3}]
         adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         rate = torch.optim.lr_scheduler.LambdaLR(
             adam, lambda step: min(1, (step + 1) / 50, (1 - step / steps) / 0.7))
@@ -295,18 +295,18 @@ def resample(sae, adam, dead, x):
         adam.state[sae.W_enc][moment][:, dead] = 0.0
         adam.state[sae.W_dec][moment][dead] = adam.state[sae.b_enc][moment][dead] = 0.0
 
-def train(cfg, sae, buffer, out):
-    """Train `sae` in place; writes checkpoints and train.jsonl into the folder `out`."""
+def train(cfg, sae, buffer):
+    """Train `sae` in place; writes checkpoints and train.jsonl into cfg.out."""
     x = buffer.next()                                                        # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
-    l1 = 0.0 if sae.k else 0.06 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
+    l1 = 0.0 if sae.k else 0.075 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
     sae.b_dec.data = sae.b_dec.data if cfg.load else x.mean(0)
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     since_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=x.device)  # in steps
     about = {"model_name": cfg.model, "hook_name": cfg.hook, "dataset_path": cfg.dataset}
-    with open(out / "train.jsonl", "w") as log, suppress(KeyboardInterrupt):
+    with open(f"{cfg.out}/train.jsonl", "w") as log, suppress(KeyboardInterrupt):
         for step in (bar := tqdm(range(cfg.steps))):
             left = 1 - step / cfg.steps
             warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
@@ -326,19 +326,19 @@ def train(cfg, sae, buffer, out):
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
                 since_fired[dead] = 0
             save = (step + 1) % cfg.save_every == 0
-            if save or step % 25 == 0 or left < 1.5 / cfg.steps:  # seldom: a GPU has to wait for it
-                row = {"step": step + 1, "loss": loss.item(), "l0": (f > 0).sum() / len(x),
+            if save or step % 25 == 0 or step + 1 == cfg.steps:  # seldom: a GPU has to wait for it
+                row = {"loss": loss, "l0": (f > 0).sum() / len(x),
                        "fvu": (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(),
                        "dead": dead.float().mean(), "weights": sae.W_enc.norm() + sae.b_dec.norm()}
-                row = {name: round(float(value), 4) for name, value in row.items()}
+                row = {name: round(value.item(), 4) for name, value in row.items()}
                 if not sum(row.values()) < float("inf"):
-                    raise ValueError(f"not finite: {row}; lower --lr. {out} has the last good one")
+                    raise ValueError(f"not finite: {row}; lower --lr. the last good SAE is saved")
                 bar.set_postfix(row)
-                log.write(json.dumps(row) + "\n")
+                log.write(json.dumps({"step": step + 1, **row}) + "\n")
             if save:
-                sae.save(out, **about, steps=step + 1)
+                sae.save(cfg.out, **about, steps=step + 1)
     sae.normalize()  # for Ctrl-C may have come between step() and normalize()
-    sae.save(out, **about, steps=step + 1)
+    sae.save(cfg.out, **about, steps=step + 1)
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
@@ -438,7 +438,7 @@ def run(cfg):
     if sae.d_in != buffer.d_in or (sae.k or 0) > sae.d_sae:
         raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}; d_in is {buffer.d_in}")
     if cfg.steps:
-        train(cfg, sae, buffer, out)
+        train(cfg, sae, buffer)
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics |= dict(steps=cfg.steps, tokens=cfg.steps * cfg.batch_size, seconds=time.time() - began)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
