@@ -42,7 +42,7 @@ class Config:
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
     batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
-    l1: float | None = HfArg(default=None, help="L1 weight; else 0.075 x the length of x - mean")
+    l1: float | None = HfArg(default=None, help="L1 weight; else 0.07 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
     lr: float | None = HfArg(default=None, help="peak learning rate; else 0.09 / sqrt(d_in)")
     buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
@@ -90,9 +90,9 @@ def tiny_1l(folder, device, steps=1200):
         bpe.train_from_iterator(texts, 2048, special_tokens=special, show_progress=False)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe._tokenizer, bos_token="<bos>", eos_token="<eos>")
-        embedding, *others = model.parameters()  # an embedding moves only where its token occurs
-        groups = [{"params": embedding, "lr": 2e-2}, {"params": others, "lr": 4e-3}]
-        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        embed, *block, unembed = model.parameters()  # the outer two see each token only at times
+        groups = [{"params": [embed, unembed], "lr": 1.5e-2}, {"params": block, "lr": 3e-3}]
+        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         rate = torch.optim.lr_scheduler.LambdaLR(
             adam, lambda step: min(1, (step + 1) / 50, (1 - step / steps) / 0.7))
         rows = token_rows("stdlib", tokenizer)
@@ -149,8 +149,8 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
                 document = number[-1] + 1
                 for i in range(start, len(run) - seq_len + 2, step):
                     row = [bos, *run[i:i + seq_len - 1]]
-                    # The checksum sets one row in 16 aside: what is evaluated is not trained on
-                    if ((check := zlib.crc32(repr(row).encode())) % 16 == 0) == held_out:
+                    # The checksum sets one row in 32 aside: what is evaluated is not trained on
+                    if ((check := zlib.crc32(repr(row).encode())) % 32 == 0) == held_out:
                         rows[check] = (row, number[i]) if held_out else row
             yield from (row for _, row in sorted(rows.items()))  # by checksum: that is, shuffled
         if turn == 0 and not held_out:
@@ -300,7 +300,7 @@ def train(cfg, sae, buffer):
     x = buffer.next()                                                        # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
-    l1 = 0.0 if sae.k else 0.075 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
+    l1 = 0.0 if sae.k else 0.07 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
     sae.b_dec.data = sae.b_dec.data if cfg.load else x.mean(0)
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
@@ -428,7 +428,7 @@ def run(cfg):
         raise ValueError(f"--hook {cfg.hook}: {cfg.model} has none of that name, but {near}")
     held_out = [*itertools.islice(token_rows(cfg.dataset, model.tokenizer, held_out=True), 384)]
     if len(held_out) < 2:
-        raise ValueError(f"--dataset {cfg.dataset} is too short: it has few rows of 128 tokens")
+        raise ValueError(f"--dataset {cfg.dataset}: not found or too short, for rows of 128 tokens")
     rows, document = (torch.tensor(column, device=cfg.device) for column in zip(*held_out))
     stream = token_rows(cfg.dataset, model.tokenizer)
     buffer = ActivationBuffer(model, cfg.hook, stream, cfg.batch_size, cfg.buffer, cfg.device)
