@@ -1,7 +1,8 @@
 """sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
 After Towards Monosemanticity (Bricken et al. 2023). `python sae.py --steps 1000` makes a small
 transformer, once, explains its MLP and prints, in six minutes on two CPU cores:
-NUMBERS
+    loss_recovered 0.9746   ce 3.337   ce_sae 3.417   ce_zero 6.489   ce_mean 7.041
+    l0 35.50   fvu 0.1196   dead 0.0161   decoder norms 0.9999999 to 1.0000001
 `python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. Read from top
 to bottom: 1 config, 2 language model, 3 data, 4 activation buffer, 5 autoencoder, 6 training,
 7 evaluation, 8 looking; each part can be copied out on its own.
