@@ -432,14 +432,14 @@ def test_the_page_is_small_and_inert_and_shows_tokens_as_they_are(reported, mode
     _, page = reported
     assert len(page) < 500_000 and "<script" not in page and "src=" not in page
     bpe = ByteLevelBPETokenizer()
-    odd = ["<b>&amp;", "[/red]", "[bold]", "\n", "\t", "é", "\x00"]
-    bpe.train_from_iterator([], 300, special_tokens=["<bos>", "<eos>"], show_progress=False)
+    odd = ["<b>&amp;", "[/red]", "[bold]", "\n", "\t", "\x00"]
+    bpe.train_from_iterator(["é" * 50], 300, special_tokens=["<bos>", "<eos>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<bos>",
                                         eos_token="<eos>")
     tokenizer.add_tokens(odd)
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids(odd))
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(odd) + tokenizer("é")["input_ids"])
     shown = list(S.show(tokenizer, ids))
-    assert shown == ["<b>&amp;", "[/red]", "[bold]", "↵", "⇥", "é", r"\x00"]
+    assert shown == ["<b>&amp;", "[/red]", "[bold]", "↵", "⇥", r"\x00", "é"]
     console = Console(record=True, file=open(tmp_path / "x", "w"))
     line = S.Text()
     for token in shown:
