@@ -80,8 +80,7 @@ def load_model(name, device="cpu", cache="~/.cache/sae.py"):
     return model.eval().requires_grad_(False)
 
 def tiny_1l(folder, device, steps=1200):
-    """The paper's transformer in small, trained as the paper did its own: here on this machine's
-    Python source, in about two minutes on two cores, once, and kept in `folder`."""
+    """The paper's own transformer in small, trained on the Python source of this machine, once."""
     shape = dict(n_layers=1, d_model=128, n_heads=4, d_head=32, d_mlp=512, n_ctx=128, d_vocab=2048)
     model = TransformerBridge.boot_native(shape | dict(act_fn="gelu", seed=0), device=device)
     if not folder.exists():
@@ -158,9 +157,8 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
             tqdm.write("The data has come to its end and starts again.")
 # ---- 4. The activation buffer --------------------------------------------------------------------
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] in random order, each of them once.
-    The tokens of one text are alike, and a gradient wants variety: hence a store from many texts,
-    served through a permutation and refilled when half of it is spent."""
+    """Serves activations [batch_size, d_in] in random order, each of them once: those of one text
+    are alike, and a gradient wants variety. Half of the store is refilled when half is spent."""
     def __init__(self, model, hook, rows, batch_size, n_batches, device="cpu"):
         self.model, self.hook, self.rows, self.batch_size = model, hook, rows, batch_size
         act = harvest(model, hook, torch.tensor([next(rows)], device=device))  # [1, seq_len, d_in]
@@ -227,14 +225,16 @@ class SparseAutoencoder(torch.nn.Module):
         Both terms are means over the batch, so l1 means the same at any batch size. The first
         replication sums the second: its 3e-4 at batch 4,096 is 4,096 x 3e-4 = 1.23 here."""
         if self.k is None:
-            x_hat, f = self(x)
+            f = self.encode(x)
+            sparsity, x_hat = f.sum(), self.decode(f)  # in this order backward can add up in place
         else:
             # f @ W_dec would multiply by d_sae - k zeros. What is left is a sum of k rows of W_dec
             # weighted by f; embedding_bag computes just that, and the same gradients.
             f, i = self.pre_activations(x).topk(self.k)                      # [batch, k] each
             f = F.relu(f)
             x_hat = self.b_dec + F.embedding_bag(i, self.W_dec, per_sample_weights=f, mode="sum")
-        return (x_hat - x).pow(2).sum(-1).mean() + l1 * f.sum(-1).mean(), x_hat, f
+            sparsity = f.sum()
+        return (F.mse_loss(x_hat, x, reduction="sum") + l1 * sparsity) / len(x), x_hat, f
 
     # The unit-norm rule. Without it the L1 term is cheated: halve f, double W_dec, same x_hat.
     # It has two halves, and a training step is: project_gradient, optimizer.step, normalize.
