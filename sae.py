@@ -37,7 +37,7 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencode
 # ---- 1. Config: every field is a flag ------------------------------------------------------------
 @dataclass
 class Config:
-    model: str | None = HfArg(default=None, help="tiny-1l, gelu-1l, a name on the Hub or a folder")
+    model: str | None = HfArg(default=None, help="else tiny-1l; gelu-1l, any on the Hub, a folder")
     dataset: str | None = HfArg(default=None, help="stdlib, a name on the Hub, a file, a 'glob*'")
     hook: str = HfArg(default="blocks.0.mlp.hook_post", help="which activations to explain")
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
