@@ -306,7 +306,8 @@ def train(cfg, sae, buffer):
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     since_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=x.device)  # in steps
-    about = {"model_name": cfg.model, "hook_name": cfg.hook, "dataset_path": cfg.dataset}
+    about = {"sae_lens_version": "6.0.0", "model_name": cfg.model, "hook_name": cfg.hook,
+             "dataset_path": cfg.dataset}
     with open(f"{cfg.out}/train.jsonl", "w") as log, suppress(KeyboardInterrupt):
         for step in (bar := tqdm(range(cfg.steps))):
             left = 1 - step / cfg.steps
@@ -413,7 +414,7 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
             line, window = Text(f"{peak:7.2f}  "), (row, slice(max(1, pos - 12), pos + 8))
             for token, level in zip(show(model.tokenizer, rows[window]), a[window] / a.max()):
                 tint = 255 - int(level * 150)  # black on a tint reads well on light and dark alike
-                line.append(token, f"black on rgb(255,{tint},{tint // 2})" if level > 0 else "")
+                line.append(token, f"#000000 on rgb(255,{tint},{tint // 2})" if level > 0 else "")
             console.print(line, no_wrap=True, overflow="ellipsis")
     console.save_html(path)
 # ---- All of it, in order -------------------------------------------------------------------------
@@ -434,8 +435,7 @@ def run(cfg):
     stream = token_rows(cfg.dataset, model.tokenizer)
     buffer = ActivationBuffer(model, cfg.hook, stream, cfg.batch_size, cfg.buffer, cfg.device)
     sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k).to(cfg.device)
-    if cfg.load:
-        sae = SparseAutoencoder.load(cfg.load, cfg.device)
+    sae = SparseAutoencoder.load(cfg.load, cfg.device) if cfg.load else sae
     if sae.d_in != buffer.d_in or (sae.k or 0) > sae.d_sae:
         raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}; d_in is {buffer.d_in}")
     if cfg.steps:

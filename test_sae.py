@@ -433,7 +433,7 @@ def test_the_page_is_small_and_inert_and_shows_tokens_as_they_are(reported, mode
     assert len(page) < 500_000 and "<script" not in page and "src=" not in page
     bpe = ByteLevelBPETokenizer()
     odd = ["<b>&amp;", "[/red]", "[bold]", "\n", "\t", "\x00"]
-    bpe.train_from_iterator(["é" * 50], 300, special_tokens=["<bos>", "<eos>"], show_progress=False)
+    bpe.train_from_iterator(["é" * 9], 300, special_tokens=["<bos>", "<eos>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<bos>",
                                         eos_token="<eos>")
     tokenizer.add_tokens(odd)
