@@ -350,8 +350,8 @@ def evaluate(model, hook, sae, rows):
         def splice(act, hook):  # act [rows, seq_len, d_in]; BOS, at position 0, is left alone
             return torch.cat([act[:, :1], replace(act[:, 1:].flatten(2)).view_as(act[:, 1:])], 1)
         losses = [model.run_with_hooks(part, return_type="loss", fwd_hooks=[(hook, splice)])
-                  for part in rows.split(16)]
-        return torch.stack(losses).mean().item()
+                  * len(part) for part in rows.split(16)]
+        return (sum(losses) / len(rows)).item()
     x = torch.cat([harvest(model, hook, part)[:, 1:] for part in rows.split(16)])  # [n, pos, d_in]
     mean, error, fired = x.mean((0, 1)), 0.0, 0
     for part in x.split(16):
