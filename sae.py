@@ -177,7 +177,7 @@ class ActivationBuffer:
             # BOS has the same activation in every row, far from all others: nothing to learn.
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
             self.store[slots] = act.to(self.store.dtype)
-        live = torch.cat([self.order[:full], self.order[self.spent:]])
+        live = torch.cat([self.order[:full], self.order[self.spent:]])  # to be served
         live = live[torch.randperm(len(live)).to(self.order.device)]
         self.order, self.spent = torch.cat([self.order[full:self.spent], live]), self.spent - full
 
@@ -194,12 +194,12 @@ class SparseAutoencoder(torch.nn.Module):
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        W_dec = F.normalize(torch.randn(d_sae, d_in), dim=-1)
+        W_dec = F.normalize(torch.randn(d_sae, d_in), dim=-1)  # rows of length 1
         # A feature begins by reading what it writes; at 0.3, or all together would be too much
         self.W_enc = torch.nn.Parameter(0.3 * W_dec.T.contiguous())          # [d_in, d_sae]
         self.W_dec = torch.nn.Parameter(W_dec)                               # [d_sae, d_in]
-        self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
+        self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))  # [d_sae]
+        self.b_dec = torch.nn.Parameter(torch.zeros(d_in))  # [d_in]
 
     def pre_activations(self, x):
         # (x - b_dec) @ W_enc + b_enc, multiplied out: the same numbers, but b_dec meets W_enc once
@@ -231,7 +231,7 @@ class SparseAutoencoder(torch.nn.Module):
             # f @ W_dec would multiply by d_sae - k zeros. What is left is a sum of k rows of W_dec
             # weighted by f; embedding_bag computes just that, and the same gradients.
             f, i = self.pre_activations(x).topk(self.k)                      # [batch, k] each
-            f = F.relu(f)
+            f = F.relu(f)  # [batch, k]
             x_hat = self.b_dec + F.embedding_bag(i, self.W_dec, per_sample_weights=f, mode="sum")
             sparsity = f.sum()
         return (F.mse_loss(x_hat, x, reduction="sum") + l1 * sparsity) / len(x), x_hat, f
@@ -243,11 +243,11 @@ class SparseAutoencoder(torch.nn.Module):
     # Two: a step at a right angle to a row still makes it longer (Pythagoras), so the rows are
     # brought back to length 1 *after* step(). The first replication lacked this half, then had it
     # before step(): whatever was evaluated or saved was one step off.
-    def project_gradient(self):
+    def project_gradient(self):  # half one, before optimizer.step()
         W, grad = self.W_dec.data, self.W_dec.grad                           # [d_sae, d_in] each
         grad -= (grad * W).sum(-1, keepdim=True) * W
 
-    def normalize(self):
+    def normalize(self):  # half two, after optimizer.step()
         self.W_dec.data /= self.W_dec.data.norm(dim=-1, keepdim=True)
 
     def save(self, folder, **metadata):
@@ -290,7 +290,7 @@ def resample(sae, adam, dead, x):
     residual = x - sae(x)[0]                                                 # [batch, d_in]
     drawn = torch.multinomial(residual.pow(2).sum(-1).pow(2), int(dead.sum()), replacement=True)
     direction = F.normalize(residual[drawn], dim=-1)                         # [n_dead, d_in]
-    length = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k else 0.2)
+    length = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k else 0.2)  # the paper's 0.2
     sae.W_dec[dead], sae.W_enc[:, dead], sae.b_enc[dead] = direction, length * direction.T, 0.0
     for moment in "exp_avg", "exp_avg_sq":  # Adam forgets where the old features were going
         adam.state[sae.W_enc][moment][:, dead] = 0.0
@@ -310,7 +310,7 @@ def train(cfg, sae, buffer):
              "dataset_path": cfg.dataset}
     with open(f"{cfg.out}/train.jsonl", "w") as log, suppress(KeyboardInterrupt):
         for step in (bar := tqdm(range(cfg.steps))):
-            left = 1 - step / cfg.steps
+            left = 1 - step / cfg.steps  # the share of the run still to come
             warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
             for group, unit in zip(adam.param_groups, (1, scale)):  # biases are in units of x
                 group["lr"] = lr * unit * warm * decay
@@ -319,7 +319,7 @@ def train(cfg, sae, buffer):
             loss.backward()
             # A feature that fired for any example has a gradient on its bias; the others: 0.
             since_fired = torch.where(sae.b_enc.grad == 0, since_fired + 1, 0)
-            sae.project_gradient()
+            sae.project_gradient()  # the unit-norm rule: before step() and after it
             adam.step()
             sae.normalize()
             adam.zero_grad()
@@ -355,13 +355,13 @@ def evaluate(model, hook, sae, rows):
     x = torch.cat([harvest(model, hook, part)[:, 1:] for part in rows.split(16)])  # [n, pos, d_in]
     mean, error, fired = x.mean((0, 1)), 0.0, 0
     for part in x.split(16):
-        x_hat, f = sae(part)
+        x_hat, f = sae(part)  # [16, pos, d_in], [16, pos, d_sae]
         error, fired = error + (x_hat - part).pow(2).sum(), fired + (f > 0).sum((0, 1))  # [d_sae]
     ce, ce_sae, ce_zero, ce_mean = map(
         cross_entropy, (lambda x: x, lambda x: sae(x)[0], torch.zeros_like, mean.expand_as))
     # 1: x_hat is as good for the model as x. 0: no better than zeros. None: nor is x (untrained).
     recovered = (ce_zero - ce_sae) / (ce_zero - ce) if ce_zero - ce > 0.01 else None
-    frequency = fired / x[..., 0].numel()
+    frequency = fired / x[..., 0].numel()  # [d_sae]
     return dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero, ce_mean=ce_mean,
                 l0=frequency.sum().item(), fvu=(error / (x - mean).pow(2).sum()).item(),
                 dead=(fired == 0).float().mean().item()), frequency
@@ -392,7 +392,7 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
         console.print(f"{name:>14}  {'nothing to recover' if value is None else round(value, 4)}")
     console.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
     console.print("How many features (bars) fire how often (log10 of the share of tokens)")
-    density = frequency[frequency > 0].log10().histc(20, -5, 0).tolist()
+    density = frequency[frequency > 0].log10().histc(20, -5, 0).tolist()  # 20 bars
     for i, n in enumerate(density):
         console.print(f"{i / 4 - 5:14.2f}  {'█' * round(60 * n / max(density))} {n:.0f}")
     if chosen is None:  # twenty, evenly from rare to frequent, of those seen often enough to judge
