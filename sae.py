@@ -11,7 +11,6 @@ to bottom: 1 config, 2 language model, 3 data, 4 activation buffer, 5 autoencode
 import itertools
 import json
 import time
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -66,7 +65,8 @@ class Config:
         self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
         datasets = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
-        self.device = self.device or str(torch.accelerator.current_accelerator() or "cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, None
+        self.device = self.device or str(accelerator or "cpu")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):
@@ -150,7 +150,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
                 for i in range(start, len(run) - seq_len + 2, step):
                     row = [bos, *run[i:i + seq_len - 1]]
                     # The checksum sets one row in 32 aside: what is evaluated is not trained on
-                    if ((check := zlib.crc32(repr(row).encode())) % 32 == 0) == held_out:
+                    if ((check := hash(tuple(row))) % 32 == 0) == held_out:
                         rows[check] = (row, number[i]) if held_out else row
             yield from (row for _, row in sorted(rows.items()))  # by checksum: that is, shuffled
         if turn == 0 and not held_out:
