@@ -1,15 +1,15 @@
 """sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
 After Towards Monosemanticity (Bricken et al. 2023). `python sae.py --steps 1000` makes a small
-transformer, once, explains its MLP and prints, in six minutes on two CPU cores:
+transformer, once, explains its MLP and prints, in five minutes on two CPU cores:
     loss_recovered 0.9746   ce 3.337   ce_sae 3.417   ce_zero 6.489   ce_mean 7.041
     l0 35.50   fvu 0.1196   dead 0.0161   decoder norms 0.9999999 to 1.0000001
-`python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. Read from top
-to bottom: 1 config, 2 language model, 3 data, 4 activation buffer, 5 autoencoder, 6 training,
-7 evaluation, 8 looking; each part can be copied out on its own.
+`python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. To be read in
+order: config, language model, data, buffer, autoencoder, training, evaluation, looking.
 """
 
 import itertools
 import json
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,16 +24,17 @@ from huggingface_hub import hf_hub_download
 from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer
-from tokenizers.pre_tokenizers import Digits, Punctuation, Sequence
+from tokenizers import ByteLevelBPETokenizer, pre_tokenizers as pre
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.exceptions import StopAtLayerException
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg
+from transformer_lens.model_bridge import TransformerBridge, exceptions
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencoder on the Hub
+def require(holds, message):  # what a user can put right: main() ends with this line, status 2
+    if not holds:
+        raise ValueError(message)
 # ---- 1. Config: every field is a flag ------------------------------------------------------------
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencoder on the Hub
 @dataclass
 class Config:
     model: str | None = HfArg(default=None, help="else tiny-1l; gelu-1l, any on the Hub, a folder")
@@ -41,6 +42,8 @@ class Config:
     hook: str = HfArg(default="blocks.0.mlp.hook_post", help="which activations to explain")
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
     batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
+    # Memory at gelu-1l's size: weights, gradients and Adam's two moments 4 x 2 x d_in 2,048 x d_sae
+    # 16,384 x 4 bytes = 1.1 GB; a step's four [4,096, d_sae] 1.1 GB; --buffer 384, in bfloat16, 6.4
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
     l1: float | None = HfArg(default=None, help="L1 weight; else 0.07 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
@@ -51,69 +54,65 @@ class Config:
     out: str | None = HfArg(default=None, help="output folder; else runs/<model>")
     load: str | None = HfArg(default=None, help="start from run1, run2, a folder or a .pt file")
     save_every: int = HfArg(default=500, help="steps between checkpoints")
+    resume: bool = HfArg(default=False, help="go on with what --out holds, as if never stopped")
     features: str | None = HfArg(default=None, help="what the report shows, as in 12,34,56")
     cache: str = HfArg(default="~/.cache/sae.py", help="where tiny-1l is kept once it is trained")
 
     def __post_init__(self):
         for name, value in vars(self).items():
             least = {"steps": 0, "l1": 0, "seed": 0, "buffer": 2}.get(name, 1e-9)
-            if type(value) in (int, float) and not least <= value < float("inf"):  # catches nan
-                raise ValueError(f"--{name.replace('_', '-')} cannot be {value}")
-        if self.k and self.l1 is not None:
-            raise ValueError("--k takes the place of the L1 term: give --k or --l1, not both")
+            require(type(value) not in (int, float) or least <= value < float("inf"),  # nor nan
+                    f"--{name.replace('_', '-')} cannot be {value}")
+        require(not self.k or self.l1 is None, "TopK has no L1 term: give --k or --l1, not both")
         self.model = self.model or ("gelu-1l" if self.load in PUBLISHED else "tiny-1l")
         self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
         datasets = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
-        accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, None
-        self.device = self.device or str(accelerator or "cpu")
+        gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self.device = self.device or gpu
+        require(self.device.split(":")[0] in ("cpu", gpu), f"--device {self.device}: here is {gpu}")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):
     """A frozen TransformerBridge, tokenizer included."""
-    if name == "tiny-1l":
-        model = tiny_1l(Path(cache, "tiny-1l").expanduser(), device)
-    elif name == "gelu-1l":
+    if name == "gelu-1l":
         model = TransformerBridge.boot_tl_legacy("NeelNanda/GELU_1L512W_C4_Code", device=device)
     else:
-        model = TransformerBridge.boot_transformers(name, device=device)
+        name = tiny_1l(Path(cache, name).expanduser(), device) if name == "tiny-1l" else name
+        model = TransformerBridge.boot_transformers(str(name), device=device)
     return model.eval().requires_grad_(False)
 
-def tiny_1l(folder, device, steps=1200):
-    """The paper's own transformer in small, trained on the Python source of this machine, once."""
-    shape = dict(n_layers=1, d_model=128, n_heads=4, d_head=32, d_mlp=512, n_ctx=128, d_vocab=2048)
-    model = TransformerBridge.boot_native(shape | dict(act_fn="gelu", seed=0), device=device)
+def tiny_1l(folder, device, steps=1000):
+    """The paper's own transformer in small, trained, once, on Python's own source -> its folder"""
     if not folder.exists():
         bpe = ByteLevelBPETokenizer()  # with digits and punctuation one by one, to read more easily
-        bpe.pre_tokenizer = Sequence([Digits(True), Punctuation(), bpe.pre_tokenizer])
+        bpe.pre_tokenizer = pre.Sequence([pre.Digits(True), pre.Punctuation(), bpe.pre_tokenizer])
         texts, special = (row["text"] for row in documents("stdlib")), ["<bos>", "<eos>"]
         bpe.train_from_iterator(texts, 2048, special_tokens=special, show_progress=False)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe._tokenizer, bos_token="<bos>", eos_token="<eos>")
-        embed, *block, unembed = model.parameters()  # the outer two see each token only at times
-        groups = [{"params": [embed, unembed], "lr": 1.5e-2}, {"params": block, "lr": 3e-3}]
-        adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda step: min(1, (step + 1) / 50, (1 - step / steps) / 0.7))
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(
+            vocab_size=2048, hidden_size=128, num_hidden_layers=1, num_attention_heads=4,
+            intermediate_size=512, rotary_pct=1.0, use_parallel_residual=False)).to(device)
+        adam = torch.optim.AdamW(model.parameters())
+        rate = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, steps)
         rows = token_rows("stdlib", tokenizer)
         for _ in tqdm(range(steps), f"training tiny-1l, once, into {folder}"):
             tokens = torch.tensor(list(itertools.islice(rows, 16)), device=device)  # [16, seq_len]
-            model(tokens, return_type="loss").backward()
+            model(tokens, labels=tokens).loss.backward()
             adam.step()
             rate.step()
             adam.zero_grad()
-        tokenizer.save_pretrained(work := folder.with_suffix(".part"))
-        save_file(model.state_dict(), work / "model.safetensors")
+        model.save_pretrained(work := folder.with_suffix(".part"))
+        tokenizer.save_pretrained(work)
         work.replace(folder)  # all at once: nobody ever finds half a model there
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    model.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return model
+    return folder
 
 @torch.no_grad()
 def harvest(model, hook, tokens):
     """The activations at `hook` for tokens [rows, seq_len] -> [rows, seq_len, d_in]"""
     def stop(act, hook):  # ends the forward pass: what lies above the hook is not computed
-        raise StopAtLayerException(act)
+        raise exceptions.StopAtLayerException(act)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
         return model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)]).flatten(2).float()
 # ---- 3. The data: text -> rows of tokens ---------------------------------------------------------
@@ -122,8 +121,8 @@ def documents(dataset):
     if dataset == "stdlib":  # the Python standard library's source, less what is dull to read
         root, dull = Path(json.__file__).parents[1], {
             "site-packages", "test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3"}
-        files = [f for f in root.rglob("*.py") if not dull & {*f.relative_to(root).parts}]
-        dataset = sorted(map(str, files))
+        found = [f for f in root.rglob("*.py") if not dull & {*f.relative_to(root).parts}]
+        dataset = sorted(map(str, found))
     elif not (set("*?[") & set(dataset) or Path(dataset).is_file()):
         return load_dataset(dataset, split="train", streaming=True)
     return load_dataset(
@@ -136,22 +135,19 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     bos, eos, document = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
     for turn in range(1) if held_out else itertools.count():
         for batch in documents(dataset).shuffle(seed=0, buffer_size=1000).batch(64):
+            require({"text", "tokens"} & {*batch}, f"--dataset {dataset}: no text in {[*batch]}")
             if "tokens" in batch:
                 runs, start, step = batch["tokens"], 1, seq_len
-            elif "text" in batch:
+            else:
                 texts = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
                 runs, start, step = [[t for text in texts for t in [*text, eos]]], 0, seq_len - 1
-            else:
-                raise ValueError(f"--dataset {dataset} has no column text or tokens: {[*batch]}")
             rows = {}
             for run in runs:
-                number = list(itertools.accumulate((t == eos for t in run), initial=document))
-                document = number[-1] + 1
                 for i in range(start, len(run) - seq_len + 2, step):
                     row = [bos, *run[i:i + seq_len - 1]]
-                    # The checksum sets one row in 32 aside: what is evaluated is not trained on
-                    if ((check := hash(tuple(row))) % 32 == 0) == held_out:
-                        rows[check] = (row, number[i]) if held_out else row
+                    if ((check := hash(tuple(row))) % 32 == 0) == held_out:  # 1 in 32 is set aside
+                        rows[check] = (row, document + run[:i].count(eos)) if held_out else row
+                document += run.count(eos) + 1
             yield from (row for _, row in sorted(rows.items()))  # by checksum: that is, shuffled
         if turn == 0 and not held_out:
             tqdm.write("The data has come to its end and starts again.")
@@ -170,16 +166,13 @@ class ActivationBuffer:
         self.order, self.spent = torch.arange(len(self.store), device=device), len(self.store)
 
     def refill(self, rows_at_once=16):  # overwrites what is spent, and only that, in place
-        full = self.spent // self.per_row * self.per_row                     # whole rows of tokens
-        for slots in self.order[:full].split(rows_at_once * self.per_row):
-            rows = list(itertools.islice(self.rows, len(slots) // self.per_row))
+        for slots in self.order[:self.spent].split(rows_at_once * self.per_row):
+            rows = list(itertools.islice(self.rows, -(-len(slots) // self.per_row)))
             act = harvest(self.model, self.hook, torch.tensor(rows, device=slots.device))
-            # BOS has the same activation in every row, far from all others: nothing to learn.
-            act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
-            self.store[slots] = act.to(self.store.dtype)
-        live = torch.cat([self.order[:full], self.order[self.spent:]])  # to be served
-        live = live[torch.randperm(len(live)).to(self.order.device)]
-        self.order, self.spent = torch.cat([self.order[full:self.spent], live]), self.spent - full
+            act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")    # BOS: nothing to learn
+            self.store[slots] = act[:len(slots)].to(self.store.dtype)
+        shuffled = torch.randperm(len(self.order)).to(self.order.device)
+        self.order, self.spent = self.order[shuffled], 0
 
     def next(self):  # -> [batch_size, d_in], float32
         if self.spent > len(self.order) // 2:
@@ -225,16 +218,14 @@ class SparseAutoencoder(torch.nn.Module):
         Both terms are means over the batch, so l1 means the same at any batch size. The first
         replication sums the second: its 3e-4 at batch 4,096 is 4,096 x 3e-4 = 1.23 here."""
         if self.k is None:
-            f = self.encode(x)
-            sparsity, x_hat = f.sum(), self.decode(f)  # in this order backward can add up in place
+            x_hat, f = self(x)
         else:
             # f @ W_dec would multiply by d_sae - k zeros. What is left is a sum of k rows of W_dec
             # weighted by f; embedding_bag computes just that, and the same gradients.
             f, i = self.pre_activations(x).topk(self.k)                      # [batch, k] each
             f = F.relu(f)  # [batch, k]
             x_hat = self.b_dec + F.embedding_bag(i, self.W_dec, per_sample_weights=f, mode="sum")
-            sparsity = f.sum()
-        return (F.mse_loss(x_hat, x, reduction="sum") + l1 * sparsity) / len(x), x_hat, f
+        return (F.mse_loss(x_hat, x, reduction="sum") + l1 * f.sum()) / len(x), x_hat, f
 
     # The unit-norm rule. Without it the L1 term is cheated: halve f, double W_dec, same x_hat.
     # It has two halves, and a training step is: project_gradient, optimizer.step, normalize.
@@ -253,30 +244,26 @@ class SparseAutoencoder(torch.nn.Module):
     def save(self, folder, **metadata):
         """Write two files that SAELens reads, too: SAE.load_from_disk(folder)"""
         cfg = dict(architecture="topk" if self.k else "standard", d_in=self.d_in, d_sae=self.d_sae,
-                   dtype="float32", device="cpu", apply_b_dec_to_input=True,
-                   normalize_activations="none", reshape_activations="none", metadata=metadata)
+                   dtype="float32", device="cpu", normalize_activations="none",
+                   reshape_activations="none", apply_b_dec_to_input=True,
+                   metadata={"sae_lens_version": "6.0.0"} | metadata)
         cfg |= dict(k=self.k, rescale_acts_by_decoder_norm=False) if self.k else {}
-        weights = {name: p.detach().cpu() for name, p in self.named_parameters()}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, write in {"sae_weights.safetensors": lambda f: save_file(weights, f),
-                            "cfg.json": lambda f: f.write_text(json.dumps(cfg))}.items():
-            write(part := Path(folder, name + ".part"))
-            part.replace(Path(folder, name))  # a crash leaves the old file or the new, no half
+        save_file(self.state_dict(), Path(folder, "sae_weights.safetensors"))
+        Path(folder, "cfg.json").write_text(json.dumps(cfg))
 
     @classmethod
     def load(cls, source, device="cpu"):
         """"run1" or "run2" (published), a folder of ours or SAELens's, or a .pt state dict"""
-        path, cfg = Path(source), {}
+        path = Path(source)
         if source in PUBLISHED:
             path = Path(hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source]))
         try:
-            if path.is_file():
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                cfg = json.loads((path / "cfg.json").read_text())
-                weights = load_file(path / "sae_weights.safetensors")
-            if cfg.get("architecture") not in (None, "standard", "topk"):
-                raise ValueError(f"the architecture {cfg['architecture']} is not known here")
+            cfg = json.loads((path / "cfg.json").read_text()) if path.is_dir() else {}
+            weights = (load_file(path / "sae_weights.safetensors") if cfg else
+                       torch.load(path, "cpu", weights_only=True))
+            kind = [cfg.get("architecture", "standard"), cfg.get("apply_b_dec_to_input", True)]
+            require(kind in (["standard", True], ["topk", True]), f"{kind} is not known here")
             sae = cls(*weights["W_enc"].shape, cfg.get("k"))
             sae.load_state_dict(weights)
         except Exception as error:
@@ -287,9 +274,9 @@ class SparseAutoencoder(torch.nn.Module):
 def resample(sae, adam, dead, x):
     """Point the `dead` features ([d_sae], bool) at what the others fail on; after the paper.
     Of x [batch, d_in], examples are drawn with probability proportional to their squared loss."""
-    residual = x - sae(x)[0]                                                 # [batch, d_in]
-    drawn = torch.multinomial(residual.pow(2).sum(-1).pow(2), int(dead.sum()), replacement=True)
-    direction = F.normalize(residual[drawn], dim=-1)                         # [n_dead, d_in]
+    error = x - sae(x)[0]                                                    # [batch, d_in]
+    drawn = torch.multinomial(error.pow(2).sum(-1).pow(2).cpu(), int(dead.sum()), replacement=True)
+    direction = F.normalize(error[drawn], dim=-1)                            # [n_dead, d_in]
     length = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k else 0.2)  # the paper's 0.2
     sae.W_dec[dead], sae.W_enc[:, dead], sae.b_enc[dead] = direction, length * direction.T, 0.0
     for moment in "exp_avg", "exp_avg_sq":  # Adam forgets where the old features were going
@@ -298,18 +285,39 @@ def resample(sae, adam, dead, x):
 
 def train(cfg, sae, buffer):
     """Train `sae` in place; writes checkpoints and train.jsonl into cfg.out."""
+    out, done = Path(cfg.out), 0
+    groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    idle = torch.zeros_like(sae.b_enc, dtype=torch.long)  # [d_sae], steps since a feature fired
+    about = dict(model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset,
+                 d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, batch_size=cfg.batch_size, of=cfg.steps)
+    if cfg.resume:
+        state = torch.load(out / "resume.pt", cfg.device, weights_only=True)
+        require(state["about"] == about, f"--resume: {out} holds {state['about']}, not {about}")
+        done, idle = state["done"], state["idle"]
+        print(f"{out}: {done} of {cfg.steps} steps are done")
+        sae.load_state_dict(state["sae"])
+        adam.load_state_dict(state["adam"])
+        torch.set_rng_state(state["rng"].cpu())
+        os.truncate(out / "train.jsonl", state["log"])
+        buffer.rows = itertools.islice(buffer.rows, done * cfg.batch_size // buffer.per_row, None)
+    if done >= cfg.steps:
+        return
     x = buffer.next()                                                        # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
     l1 = 0.0 if sae.k else 0.07 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
-    sae.b_dec.data = sae.b_dec.data if cfg.load else x.mean(0)
-    groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    since_fired = torch.zeros(sae.d_sae, dtype=torch.long, device=x.device)  # in steps
-    about = {"sae_lens_version": "6.0.0", "model_name": cfg.model, "hook_name": cfg.hook,
-             "dataset_path": cfg.dataset}
-    with open(f"{cfg.out}/train.jsonl", "w") as log, suppress(KeyboardInterrupt):
-        for step in (bar := tqdm(range(cfg.steps))):
+    sae.b_dec.data = sae.b_dec.data if cfg.load or cfg.resume else x.mean(0)
+    log = open(out / "train.jsonl", "a" if cfg.resume else "w", buffering=1)
+    def save():
+        sae.save(part := out / "part", **about, steps=done)
+        torch.save(dict(about=about, done=done, sae=sae.state_dict(), adam=adam.state_dict(),
+                        idle=idle, rng=torch.get_rng_state(), log=log.tell()), part / "resume.pt")
+        for file in part.iterdir():
+            file.replace(out / file.name)  # a crash leaves the old file or the new, and no half
+        part.rmdir()
+    with suppress(KeyboardInterrupt):
+        for step in (bar := tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)):
             left = 1 - step / cfg.steps  # the share of the run still to come
             warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
             for group, unit in zip(adam.param_groups, (1, scale)):  # biases are in units of x
@@ -317,30 +325,26 @@ def train(cfg, sae, buffer):
             x = buffer.next()                                                # [batch, d_in]
             loss, x_hat, f = sae.loss(x, l1 * warm * (1 + decay) / 2)
             loss.backward()
-            # A feature that fired for any example has a gradient on its bias; the others: 0.
-            since_fired = torch.where(sae.b_enc.grad == 0, since_fired + 1, 0)
+            idle = torch.where(sae.b_enc.grad == 0, idle + 1, 0)  # no gradient: it did not fire
             sae.project_gradient()  # the unit-norm rule: before step() and after it
             adam.step()
             sae.normalize()
             adam.zero_grad()
-            dead = since_fired > cfg.steps // 40                             # [d_sae]
+            dead, done = idle > cfg.steps // 40, step + 1                    # [d_sae]
             if step % (cfg.steps // 20 + 1) == 0 and 0.2 < left < 1 and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
-                since_fired[dead] = 0
-            save = (step + 1) % cfg.save_every == 0
-            if save or step % 25 == 0 or step + 1 == cfg.steps:  # seldom: a GPU has to wait for it
-                row = {"loss": loss, "l0": (f > 0).sum() / len(x),
-                       "fvu": (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(),
-                       "dead": dead.float().mean(), "weights": sae.W_enc.norm() + sae.b_dec.norm()}
+                idle[dead] = 0
+            if 0 in (step % 25, done % cfg.save_every, done - cfg.steps):  # seldom: a GPU must wait
+                row = dict(loss=loss, l0=(f > 0).sum() / len(x), dead=dead.float().mean(),
+                           fvu=(x_hat - x).pow(2).mean() / scale**2, weights=sae.W_enc.norm())
                 row = {name: round(value.item(), 4) for name, value in row.items()}
-                if not sum(row.values()) < float("inf"):
-                    raise ValueError(f"not finite: {row}; lower --lr. the last good SAE is saved")
+                require(sum(row.values()) < float("inf"), f"not finite: {row}; lower --lr")
                 bar.set_postfix(row)
-                log.write(json.dumps({"step": step + 1, **row}) + "\n")
-            if save:
-                sae.save(cfg.out, **about, steps=step + 1)
+                log.write(json.dumps({"step": done, **row}) + "\n")
+            if done % cfg.save_every == 0:
+                save()
     sae.normalize()  # for Ctrl-C may have come between step() and normalize()
-    sae.save(cfg.out, **about, steps=step + 1)
+    save()
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
@@ -349,9 +353,8 @@ def evaluate(model, hook, sae, rows):
     def cross_entropy(replace):
         def splice(act, hook):  # act [rows, seq_len, d_in]; BOS, at position 0, is left alone
             return torch.cat([act[:, :1], replace(act[:, 1:].flatten(2)).view_as(act[:, 1:])], 1)
-        losses = [model.run_with_hooks(part, return_type="loss", fwd_hooks=[(hook, splice)])
-                  * len(part) for part in rows.split(16)]
-        return (sum(losses) / len(rows)).item()
+        return sum(model.run_with_hooks(part, return_type="loss", fwd_hooks=[(hook, splice)])
+                   * len(part) for part in rows.split(16)).item() / len(rows)
     x = torch.cat([harvest(model, hook, part)[:, 1:] for part in rows.split(16)])  # [n, pos, d_in]
     mean, error, fired = x.mean((0, 1)), 0.0, 0
     for part in x.split(16):
@@ -384,7 +387,7 @@ def logit_effect(model, hook, direction):
     return direction * getattr(model.ln_final, "weight", 1) @ model.W_U
 
 @torch.no_grad()
-def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=None):
+def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=()):
     """Print metrics, densities and features, and write the same to `path` as a page.
     rows [n, seq_len] and document [n], the number of the text in which each row begins."""
     console, norms = Console(record=True, width=100), sae.W_dec.norm(dim=-1)
@@ -395,7 +398,7 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=No
     density = frequency[frequency > 0].log10().histc(20, -5, 0).tolist()  # 20 bars
     for i, n in enumerate(density):
         console.print(f"{i / 4 - 5:14.2f}  {'█' * round(60 * n / max(density))} {n:.0f}")
-    if chosen is None:  # twenty, evenly from rare to frequent, of those seen often enough to judge
+    if not chosen:  # twenty, evenly from rare to frequent, of those seen often enough to judge
         seen = frequency.argsort()[(frequency * rows.numel() < 10).sum():]
         chosen = seen[torch.linspace(0, len(seen) - 1, min(20, len(seen))).long()].tolist()
     act = [sae.encode(harvest(model, hook, part))[..., chosen] for part in rows.split(16)]
@@ -422,36 +425,33 @@ def run(cfg):
     """What the paper's abstract says."""
     out, began = Path(cfg.out), time.time()
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     model = load_model(cfg.model, cfg.device, cfg.cache)
-    if cfg.hook not in model.hook_dict:
-        near = get_close_matches(cfg.hook, model.hook_dict, 3, 0)
-        raise ValueError(f"--hook {cfg.hook}: {cfg.model} has none of that name, but {near}")
+    near = get_close_matches(cfg.hook, model.hook_dict, 3, 0)
+    require(cfg.hook in near, f"--hook {cfg.hook}: {cfg.model} has none of that name, but {near}")
+    torch.manual_seed(cfg.seed)
     held_out = [*itertools.islice(token_rows(cfg.dataset, model.tokenizer, held_out=True), 384)]
-    if len(held_out) < 2:
-        raise ValueError(f"--dataset {cfg.dataset}: not found or too short, for rows of 128 tokens")
+    require(len(held_out) > 1, f"--dataset {cfg.dataset}: not found, or too short to make rows of")
     rows, document = (torch.tensor(column, device=cfg.device) for column in zip(*held_out))
     stream = token_rows(cfg.dataset, model.tokenizer)
     buffer = ActivationBuffer(model, cfg.hook, stream, cfg.batch_size, cfg.buffer, cfg.device)
     sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k).to(cfg.device)
     sae = SparseAutoencoder.load(cfg.load, cfg.device) if cfg.load else sae
-    if sae.d_in != buffer.d_in or (sae.k or 0) > sae.d_sae:
-        raise ValueError(f"d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}; d_in is {buffer.d_in}")
-    if cfg.steps:
-        train(cfg, sae, buffer)
+    require(sae.d_in == buffer.d_in and (sae.k or 0) <= sae.d_sae,
+            f"the SAE: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}. The hook: d_in {buffer.d_in}")
+    chosen = [int(i) for i in cfg.features.split(",")] if cfg.features else []
+    require({*chosen} <= {*range(sae.d_sae)}, f"--features {chosen}: they are 0 to {sae.d_sae - 1}")
+    train(cfg, sae, buffer)
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics |= dict(steps=cfg.steps, tokens=cfg.steps * cfg.batch_size, seconds=time.time() - began)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    chosen = [int(i) for i in cfg.features.split(",")] if cfg.features else None
     report(model, cfg.hook, sae, rows, document, metrics, frequency, out / "report.html", chosen)
 
 def main(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
     parser.error = lambda message: parser.exit(2, f"sae.py: {message}\n")
-    args = parser.parse_args(argv)
     try:
-        run(Config(**vars(args)))
+        run(Config(**vars(parser.parse_args(argv))))
     except (OSError, ValueError) as error:  # what the user can put right; bugs show their traceback
         hint = " (--model tiny-1l needs no network)" if "connect" in str(error) else ""
         parser.exit(2, f"sae.py: {' '.join(str(error).split())}{hint}\n")

@@ -93,7 +93,7 @@ def make_sae(k=None, d_in=16, d_sae=48):
 class Points:
     """In place of an ActivationBuffer: the same points every time."""
     def __init__(self, x):
-        self.x = x
+        self.x, self.rows, self.per_row = x, iter(()), 127
 
     def next(self):
         return self.x
@@ -293,19 +293,76 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     assert all(p.isfinite().all() for p in S.SparseAutoencoder.load(tmp_path).parameters())
 
 
-def test_ctrl_c_keeps_what_there_is(tmp_path):
-    points = Points(torch.randn(64, 16))
+def interrupted(points, at, error):
+    """`points`, whose next() raises `error` when it is called for the `at`-th time."""
     real, calls = points.next, []
 
-    def interrupted():
+    def next():
         calls.append(1)
-        if len(calls) == 40:
-            raise KeyboardInterrupt
+        if len(calls) == at:
+            raise error
         return real()
 
-    points.next, sae = interrupted, make_sae()
-    S.train(S.Config(steps=200, l1=0.1, out=str(tmp_path)), sae, points)
+    points.next = next
+    return points
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path):
+    sae, points = make_sae(), Points(torch.randn(64, 16))
+    S.train(S.Config(steps=200, l1=0.1, out=str(tmp_path)), sae,
+            interrupted(points, 40, KeyboardInterrupt))
     torch.testing.assert_close(S.SparseAutoencoder.load(tmp_path).state_dict(), sae.state_dict())
+
+
+class Stream:
+    """In place of an ActivationBuffer: an endless stream of sparse sums of 64 directions."""
+    per_row = 1                                                              # batch_size / per_row
+
+    def __init__(self):
+        self.rows = self.batches()
+
+    def batches(self):
+        random = torch.Generator().manual_seed(1)
+        truth = F.normalize(torch.randn(64, 32, generator=random), dim=-1)
+        while True:
+            codes = torch.rand(256, 64, generator=random)
+            yield codes.where(codes > 0.97, torch.zeros(())) @ truth
+
+    def next(self):
+        return next(self.rows)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_resume_ends_where_an_uninterrupted_run_ends(k, tmp_path, capsys):
+    def train(out, stream, **flags):
+        torch.manual_seed(0)
+        sae = S.SparseAutoencoder(32, 64, k)
+        (tmp_path / out).mkdir(exist_ok=True)
+        S.train(S.Config(steps=600, save_every=100, k=k, batch_size=1, out=str(tmp_path / out),
+                         **flags), sae, stream)
+        x = Stream().next()
+        return ((sae(x)[0] - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
+
+    whole = train("whole", Stream())
+    with pytest.raises(Killed):
+        train("killed", interrupted(Stream(), 390, Killed))
+    state = torch.load(tmp_path / "killed" / "resume.pt", weights_only=True)
+    assert state["done"] == 300, "at most --save-every steps are lost"
+    stream = Stream()
+    assert train("killed", stream, resume=True) == pytest.approx(whole, rel=0.02)
+    loss = {}
+    for line in map(json.loads, open(tmp_path / "killed" / "train.jsonl")):
+        assert line["step"] not in loss, "each logged step comes once"
+        loss[line["step"]] = line["loss"]
+    assert loss[301] == pytest.approx(loss[300], rel=0.2) and max(loss) == 600
+    capsys.readouterr()
+    assert train("killed", stream, resume=True) == pytest.approx(whole, rel=0.02)
+    assert "600 of 600 steps are done" in capsys.readouterr().out
+    state = torch.load(tmp_path / "killed" / "resume.pt", weights_only=True)
+    assert state["adam"]["state"][0]["step"] == 600 and torch.equal(state["rng"],
+                                                                    torch.get_rng_state())
+    with pytest.raises(ValueError, match="--resume"):
+        train("killed", stream, resume=True, d_sae=1, model="other")
 
 
 # ---- Saving and loading --------------------------------------------------------------------------
@@ -317,7 +374,7 @@ def test_round_trip(k, tmp_path):
     torch.testing.assert_close(S.SparseAutoencoder.load(tmp_path)(x), sae(x), rtol=0, atol=0)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert cfg["architecture"] == ("topk" if k else "standard") and cfg.get("k") == k
-    assert (cfg["d_in"], cfg["d_sae"], cfg["metadata"]) == (16, 48, {"model_name": "tiny-1l"})
+    assert (cfg["d_in"], cfg["d_sae"], cfg["metadata"]["model_name"]) == (16, 48, "tiny-1l")
 
 
 def test_the_published_format(tmp_path):
@@ -326,18 +383,28 @@ def test_the_published_format(tmp_path):
     torch.testing.assert_close(S.SparseAutoencoder.load(tmp_path / "25.pt")(x), sae(x))
 
 
-def test_a_crash_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
-    sae = make_sae()
-    sae.save(tmp_path)
+class Killed(BaseException):
+    """In place of kill -9: nothing catches it."""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_files(tmp_path, monkeypatch):
+    cfg = S.Config(steps=100, save_every=30, l1=0.1, out=str(tmp_path))
+    saved, real = [], S.save_file
 
     def crash(weights, path):
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
+        if len(saved) == 1:
+            Path(path).write_bytes(b"half")
+            raise Killed
+        saved.append({name: value.clone() for name, value in weights.items()})
+        real(weights, path)
 
     monkeypatch.setattr(S, "save_file", crash)
-    with pytest.raises(KeyboardInterrupt):
-        make_sae(k=4).save(tmp_path)
-    torch.testing.assert_close(S.SparseAutoencoder.load(tmp_path).state_dict(), sae.state_dict())
+    with pytest.raises(Killed):
+        S.train(cfg, make_sae(), Points(torch.randn(64, 16)))
+    torch.testing.assert_close(dict(S.SparseAutoencoder.load(tmp_path).state_dict()), saved[0])
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["done"] == 30
+    torch.testing.assert_close(dict(state["sae"]), saved[0])
 
 
 # ---- Evaluation and report -----------------------------------------------------------------------
@@ -503,6 +570,10 @@ def test_a_residual_stream_hook(home, tmp_path, capsys):
     (["--load", "MISFIT"], "d_in"),
     (["--load", "BINARY"], "--load"),
     (["--out", "BINARY/x"], "BINARY"),
+    (["--device", "gpu"], "--device gpu"),
+    (["--features", "1,2,99999"], "--features"),
+    (["--features", "one"], "one"),
+    (["--resume"], "resume.pt"),
 ])
 def test_bad_input_gets_one_line_and_status_2(flags, says, home, tmp_path, capsys):
     paths = {name: str(tmp_path / name) for name in ("EMPTY", "SHORT", "BINARY", "OTHER", "MISFIT")}
