@@ -108,7 +108,6 @@ def tiny_1l(folder, device, steps=1000):
         work.replace(folder)  # all at once: nobody ever finds half a model there
     return folder
 
-@torch.no_grad()
 def harvest(model, hook, tokens):
     """The activations at `hook` for tokens [rows, seq_len] -> [rows, seq_len, d_in]"""
     def stop(act, hook):  # ends the forward pass: what lies above the hook is not computed
@@ -285,7 +284,7 @@ def resample(sae, adam, dead, x):
 
 def train(cfg, sae, buffer):
     """Train `sae` in place; writes checkpoints and train.jsonl into cfg.out."""
-    out, done = Path(cfg.out), 0
+    out, done, k = Path(cfg.out), 0, sae.k
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     idle = torch.zeros_like(sae.b_enc, dtype=torch.long)  # [d_sae], steps since a feature fired
@@ -322,6 +321,7 @@ def train(cfg, sae, buffer):
             warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
             for group, unit in zip(adam.param_groups, (1, scale)):  # biases are in units of x
                 group["lr"] = lr * unit * warm * decay
+            sae.k = k and min(sae.d_sae, round(k * 8 ** max(0, 2 * left - 1)))  # first 8 k: few die
             x = buffer.next()                                                # [batch, d_in]
             loss, x_hat, f = sae.loss(x, l1 * warm * (1 + decay) / 2)
             loss.backward()
@@ -330,8 +330,8 @@ def train(cfg, sae, buffer):
             adam.step()
             sae.normalize()
             adam.zero_grad()
-            dead, done = idle > cfg.steps // 40, step + 1                    # [d_sae]
-            if step % (cfg.steps // 20 + 1) == 0 and 0.2 < left < 1 and dead.any():
+            dead, done = idle > cfg.steps // 20, step + 1                    # [d_sae]
+            if step % (cfg.steps // 20 + 1) == 0 and 0.15 < left < 1 and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
                 idle[dead] = 0
             if 0 in (step % 25, done % cfg.save_every, done - cfg.steps):  # seldom: a GPU must wait
