@@ -1,8 +1,8 @@
 """sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
 After Towards Monosemanticity (Bricken et al. 2023). `python sae.py --steps 1000` makes a small
 transformer, once, explains its MLP and prints, in five minutes on two CPU cores:
-    loss_recovered 0.9746   ce 3.337   ce_sae 3.417   ce_zero 6.489   ce_mean 7.041
-    l0 35.50   fvu 0.1196   dead 0.0161   decoder norms 0.9999999 to 1.0000001
+    loss_recovered 0.9752   ce 3.334   ce_sae 3.393   ce_zero 5.711   ce_mean 8.478
+    l0 32.77   fvu 0.0958   dead 0.0278   decoder norms 0.9999999 to 1.0000001
 `python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. To be read in
 order: config, language model, data, buffer, autoencoder, training, evaluation, looking.
 """
@@ -70,7 +70,7 @@ class Config:
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
         gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         self.device = self.device or gpu
-        require(self.device.split(":")[0] in ("cpu", gpu), f"--device {self.device}: here is {gpu}")
+        require(self.device.split(":")[0] in ("cpu", gpu), f"--device {self.device}: {gpu} is here")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):
