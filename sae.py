@@ -169,7 +169,7 @@ class ActivationBuffer:
             rows = list(itertools.islice(self.rows, -(-len(slots) // self.per_row)))
             act = harvest(self.model, self.hook, torch.tensor(rows, device=slots.device))
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")    # BOS: nothing to learn
-            self.store[slots] = act[:len(slots)].to(self.store.dtype)        # the last row cut to fit
+            self.store[slots] = act[:len(slots)].to(self.store.dtype)        # last row: cut to fit
         shuffled = torch.randperm(len(self.order)).to(self.order.device)
         self.order, self.spent = self.order[shuffled], 0
 
