@@ -70,7 +70,7 @@ class Config:
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
         gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         self.device = self.device or gpu
-        require(self.device.split(":")[0] in ("cpu", gpu), f"--device {self.device}: {gpu} is here")
+        require(self.device.split(":")[0] in ("cpu", gpu), f"--device {self.device}: use {gpu}")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):

@@ -1,6 +1,6 @@
 """What sae.py promises. Offline; the language model is a two-layer one made here in seconds.
 
-    pytest                 # about a minute
+    pytest                 # half a minute
     pytest -m bench -s     # how close a training step is to its five matrix products
 """
 
