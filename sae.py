@@ -7,27 +7,29 @@ transformer, once, explains its MLP and prints, in five minutes on two CPU cores
 order: config, language model, data, buffer, autoencoder, training, evaluation, looking.
 """
 
-import itertools
 import json
-import os
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import count, islice
 from pathlib import Path
+from time import time
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
 from datasets import load_dataset
+from datasets.distributed import split_dataset_by_node
 from einops import rearrange
 from huggingface_hub import hf_hub_download
 from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer, pre_tokenizers as pre
+from tokenizers import pre_tokenizers as pre
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge, exceptions
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 def require(holds, message):  # what a user can put right: main() ends with this line, status 2
@@ -37,7 +39,7 @@ def require(holds, message):  # what a user can put right: main() ends with this
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencoder on the Hub
 @dataclass
 class Config:
-    model: str | None = HfArg(default=None, help="else tiny-1l; gelu-1l, any on the Hub, a folder")
+    model: str | None = HfArg(default=None, help="else tiny-1l (offline); gelu-1l, Hub name, folder")
     dataset: str | None = HfArg(default=None, help="stdlib, a name on the Hub, a file, a 'glob*'")
     hook: str = HfArg(default="blocks.0.mlp.hook_post", help="which activations to explain")
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
@@ -68,9 +70,9 @@ class Config:
         self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
         datasets = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
-        gpu = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        self.device = self.device or gpu
-        require(self.device.split(":")[0] in ("cpu", gpu), f"--device {self.device}: use {gpu}")
+        best = str(PartialState(cpu=self.device == "cpu").device)  # torchrun: a GPU each
+        self.device = self.device or best
+        require(self.device in ("cpu", best, best[:4]), f"--device {self.device}: use {best}")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):
@@ -85,12 +87,10 @@ def load_model(name, device="cpu", cache="~/.cache/sae.py"):
 def tiny_1l(folder, device, steps=1000):
     """The paper's own transformer in small, trained, once, on Python's own source -> its folder"""
     if not folder.exists():
-        bpe = ByteLevelBPETokenizer()  # with digits and punctuation one by one, to read more easily
+        texts, tokenizer = (row["text"] for row in documents("stdlib")), GPT2Tokenizer()
+        bpe = tokenizer.backend_tokenizer  # with digits and punctuation one by one: easier to read
         bpe.pre_tokenizer = pre.Sequence([pre.Digits(True), pre.Punctuation(), bpe.pre_tokenizer])
-        texts, special = (row["text"] for row in documents("stdlib")), ["<bos>", "<eos>"]
-        bpe.train_from_iterator(texts, 2048, special_tokens=special, show_progress=False)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe._tokenizer, bos_token="<bos>", eos_token="<eos>")
+        tokenizer = tokenizer.train_new_from_iterator(texts, 2048, show_progress=False)
         model = GPTNeoXForCausalLM(GPTNeoXConfig(
             vocab_size=2048, hidden_size=128, num_hidden_layers=1, num_attention_heads=4,
             intermediate_size=512, rotary_pct=1.0, use_parallel_residual=False)).to(device)
@@ -98,7 +98,7 @@ def tiny_1l(folder, device, steps=1000):
         rate = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, steps)
         rows = token_rows("stdlib", tokenizer)
         for _ in tqdm(range(steps), f"training tiny-1l, once, into {folder}"):
-            tokens = torch.tensor(list(itertools.islice(rows, 16)), device=device)  # [16, seq_len]
+            tokens = torch.tensor(list(islice(rows, 16)), device=device)  # [16, seq_len]
             model(tokens, labels=tokens).loss.backward()
             adam.step()
             rate.step()
@@ -115,25 +115,21 @@ def harvest(model, hook, tokens):
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
         return model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)]).flatten(2).float()
 # ---- 3. The data: text -> rows of tokens ---------------------------------------------------------
-def documents(dataset):
+def documents(src):
     """A stream of examples with a column `text` or `tokens`, read as they are needed."""
-    if dataset == "stdlib":  # the Python standard library's source, less what is dull to read
-        root, dull = Path(json.__file__).parents[1], {
-            "site-packages", "test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3"}
-        found = [f for f in root.rglob("*.py") if not dull & {*f.relative_to(root).parts}]
-        dataset = sorted(map(str, found))
-    elif not (set("*?[") & set(dataset) or Path(dataset).is_file()):
-        return load_dataset(dataset, split="train", streaming=True)
-    return load_dataset(
-        "text", data_files=dataset, sample_by="document", split="train", streaming=True)
+    if src == "stdlib":  # the Python standard library's source: its modules of one file
+        src = sorted(map(str, Path(json.__file__).parents[1].glob("*.py")))
+    elif not (set("*?[") & set(src) or Path(src).is_file()):
+        return load_dataset(src, split="train", streaming=True)
+    return load_dataset("text", data_files=src, sample_by="document", split="train", streaming=True)
 
-def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
+def token_rows(dataset, tokenizer, share=(0, 1), seq_len=128, held_out=False):
     """Yields rows of tokens [seq_len], BOS first, shuffled, without end; or those held out from
     these, each once, with the number of its document. A column `tokens` is cut as in the first
     replication (1,024 -> 8 x 128, BOS in the place of each piece's first); `text` is packed."""
     bos, eos, document = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
-    for turn in range(1) if held_out else itertools.count():
-        for batch in documents(dataset).shuffle(seed=0, buffer_size=1000).batch(64):
+    for turn in range(1) if held_out else count():
+        for batch in split_dataset_by_node(documents(dataset), *share).shuffle(0).batch(64):
             require({"text", "tokens"} & {*batch}, f"--dataset {dataset}: no text in {[*batch]}")
             if "tokens" in batch:
                 runs, start, step = batch["tokens"], 1, seq_len
@@ -148,7 +144,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
                         rows[check] = (row, document + run[:i].count(eos)) if held_out else row
                 document += run.count(eos) + 1
             yield from (row for _, row in sorted(rows.items()))  # by checksum: that is, shuffled
-        if turn == 0 and not held_out:
+        if turn == 0 and not held_out and share[0] == 0:
             tqdm.write("The data has come to its end and starts again.")
 # ---- 4. The activation buffer --------------------------------------------------------------------
 class ActivationBuffer:
@@ -166,12 +162,11 @@ class ActivationBuffer:
 
     def refill(self, rows_at_once=16):  # overwrites what is spent, and only that, in place
         for slots in self.order[:self.spent].split(rows_at_once * self.per_row):
-            rows = list(itertools.islice(self.rows, -(-len(slots) // self.per_row)))
+            rows = list(islice(self.rows, -(-len(slots) // self.per_row)))
             act = harvest(self.model, self.hook, torch.tensor(rows, device=slots.device))
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")    # BOS: nothing to learn
             self.store[slots] = act[:len(slots)].to(self.store.dtype)        # last row: cut to fit
-        shuffled = torch.randperm(len(self.order)).to(self.order.device)
-        self.order, self.spent = self.order[shuffled], 0
+        self.order, self.spent = torch.randperm(len(self.store)).to(self.store.device), 0
 
     def next(self):  # -> [batch_size, d_in], float32
         if self.spent > len(self.order) // 2:
@@ -254,9 +249,8 @@ class SparseAutoencoder(torch.nn.Module):
     @classmethod
     def load(cls, source, device="cpu"):
         """"run1" or "run2" (published), a folder of ours or SAELens's, or a .pt state dict"""
-        path = Path(source)
-        if source in PUBLISHED:
-            path = Path(hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source]))
+        repo, file = "NeelNanda/sparse_autoencoder", PUBLISHED.get(source)
+        path = Path(hf_hub_download(repo, file) if file else source)
         try:
             cfg = json.loads((path / "cfg.json").read_text()) if path.is_dir() else {}
             weights = (load_file(path / "sae_weights.safetensors") if cfg else
@@ -283,8 +277,8 @@ def resample(sae, adam, dead, x):
         adam.state[sae.W_dec][moment][dead] = adam.state[sae.b_enc][moment][dead] = 0.0
 
 def train(cfg, sae, buffer):
-    """Train `sae` in place; writes checkpoints and train.jsonl into cfg.out."""
-    out, done, k = Path(cfg.out), 0, sae.k
+    """Train `sae` in place, with checkpoints and train.jsonl in cfg.out -> the steps it has had"""
+    out, done, logged, k, main = Path(cfg.out), 0, 0, sae.k, PartialState().is_main_process
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     idle = torch.zeros_like(sae.b_enc, dtype=torch.long)  # [d_sae], steps since a feature fired
@@ -293,21 +287,21 @@ def train(cfg, sae, buffer):
     if cfg.resume:
         state = torch.load(out / "resume.pt", cfg.device, weights_only=True)
         require(state["about"] == about, f"--resume: {out} holds {state['about']}, not {about}")
-        done, idle = state["done"], state["idle"]
-        print(f"{out}: {done} of {cfg.steps} steps are done")
+        done, idle, logged = state["done"], state["idle"], state["log"]
+        PartialState().print(f"{out}: {done} of {cfg.steps} steps are done")
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
         torch.set_rng_state(state["rng"].cpu())
-        os.truncate(out / "train.jsonl", state["log"])
-        buffer.rows = itertools.islice(buffer.rows, done * cfg.batch_size // buffer.per_row, None)
+        buffer.rows = islice(buffer.rows, done * cfg.batch_size // buffer.per_row, None)
     if done >= cfg.steps:
-        return
-    x = buffer.next()                                                        # [batch, d_in]
+        return done
+    x = broadcast(buffer.next())  # so that all processes begin alike       # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
     lr = cfg.lr or 0.09 / sae.d_in ** 0.5
     l1 = 0.0 if sae.k else 0.07 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
     sae.b_dec.data = sae.b_dec.data if cfg.load or cfg.resume else x.mean(0)
-    log = open(out / "train.jsonl", "a" if cfg.resume else "w", buffering=1)
+    log = open(out / "train.jsonl", "a", buffering=1)
+    log.seek(log.truncate(logged))  # what a crash came after is logged anew
     def save():
         sae.save(part := out / "part", **about, steps=done)
         torch.save(dict(about=about, done=done, sae=sae.state_dict(), adam=adam.state_dict(),
@@ -316,7 +310,8 @@ def train(cfg, sae, buffer):
             file.replace(out / file.name)  # a crash leaves the old file or the new, and no half
         part.rmdir()
     with suppress(KeyboardInterrupt):
-        for step in (bar := tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)):
+        bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=not main)
+        for step in bar:
             left = 1 - step / cfg.steps  # the share of the run still to come
             warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
             for group, unit in zip(adam.param_groups, (1, scale)):  # biases are in units of x
@@ -325,6 +320,8 @@ def train(cfg, sae, buffer):
             x = buffer.next()                                                # [batch, d_in]
             loss, x_hat, f = sae.loss(x, l1 * warm * (1 + decay) / 2)
             loss.backward()
+            for p in sae.parameters():
+                p.grad = reduce(p.grad, "mean")  # over the processes of torchrun
             idle = torch.where(sae.b_enc.grad == 0, idle + 1, 0)  # no gradient: it did not fire
             sae.project_gradient()  # the unit-norm rule: before step() and after it
             adam.step()
@@ -332,19 +329,20 @@ def train(cfg, sae, buffer):
             adam.zero_grad()
             dead, done = idle > cfg.steps // 20, step + 1                    # [d_sae]
             if step % (cfg.steps // 20 + 1) == 0 and 0.15 < left < 1 and dead.any():
-                resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
-                idle[dead] = 0
-            if 0 in (step % 25, done % cfg.save_every, done - cfg.steps):  # seldom: a GPU must wait
+                resample(sae, adam, dead, broadcast(torch.cat([buffer.next() for _ in range(8)])))
+            if main and 0 in (step % 25, done % cfg.save_every, done - cfg.steps):  # a GPU waits
                 row = dict(loss=loss, l0=(f > 0).sum() / len(x), dead=dead.float().mean(),
                            fvu=(x_hat - x).pow(2).mean() / scale**2, weights=sae.W_enc.norm())
                 row = {name: round(value.item(), 4) for name, value in row.items()}
                 require(sum(row.values()) < float("inf"), f"not finite: {row}; lower --lr")
                 bar.set_postfix(row)
                 log.write(json.dumps({"step": done, **row}) + "\n")
-            if done % cfg.save_every == 0:
-                save()
+                if done % cfg.save_every == 0:
+                    save()
     sae.normalize()  # for Ctrl-C may have come between step() and normalize()
-    save()
+    if main:
+        save()
+    return done
 # ---- 7. Evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
@@ -382,9 +380,8 @@ def logit_effect(model, hook, direction):
         direction = direction @ model.W_out[int(hook.split(".")[1])]         # [d_model]
     elif "resid" not in hook:
         return None
-    if model.cfg.normalization_type in ("LN", "LNPre"):
-        direction = direction - direction.mean()
-    return direction * getattr(model.ln_final, "weight", 1) @ model.W_U
+    logits = model.unembed(model.ln_final(torch.stack([direction, 0 * direction])))
+    return logits[0] - logits[1]  # without what the biases do
 
 @torch.no_grad()
 def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=()):
@@ -422,30 +419,34 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=()
     console.save_html(path)
 # ---- All of it, in order -------------------------------------------------------------------------
 def run(cfg):
-    """What the paper's abstract says."""
-    out, began = Path(cfg.out), time.time()
+    """Under torchrun all this runs in many processes, each with a share of the data and a buffer of
+    its own. If one will do, delete what says broadcast, reduce, share, main or PartialState."""
+    out, began = Path(cfg.out), time()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
-    model = load_model(cfg.model, cfg.device, cfg.cache)
+    share = PartialState().process_index, PartialState().num_processes
+    with PartialState().local_main_process_first():  # tiny-1l is trained, all else fetched, once
+        model = load_model(cfg.model, cfg.device, cfg.cache)
     near = get_close_matches(cfg.hook, model.hook_dict, 3, 0)
     require(cfg.hook in near, f"--hook {cfg.hook}: {cfg.model} has none of that name, but {near}")
     torch.manual_seed(cfg.seed)
-    held_out = [*itertools.islice(token_rows(cfg.dataset, model.tokenizer, held_out=True), 384)]
+    held_out = [*islice(token_rows(cfg.dataset, model.tokenizer, share, held_out=True), 384)]
     require(len(held_out) > 1, f"--dataset {cfg.dataset}: not found, or too short to make rows of")
     rows, document = (torch.tensor(column, device=cfg.device) for column in zip(*held_out))
-    stream = token_rows(cfg.dataset, model.tokenizer)
+    stream = token_rows(cfg.dataset, model.tokenizer, share)
     buffer = ActivationBuffer(model, cfg.hook, stream, cfg.batch_size, cfg.buffer, cfg.device)
     sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k).to(cfg.device)
     sae = SparseAutoencoder.load(cfg.load, cfg.device) if cfg.load else sae
     require(sae.d_in == buffer.d_in and (sae.k or 0) <= sae.d_sae,
             f"the SAE: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}. The hook: d_in {buffer.d_in}")
-    chosen = [int(i) for i in cfg.features.split(",")] if cfg.features else []
-    require({*chosen} <= {*range(sae.d_sae)}, f"--features {chosen}: they are 0 to {sae.d_sae - 1}")
-    train(cfg, sae, buffer)
-    metrics, frequency = evaluate(model, cfg.hook, sae, rows)
-    metrics |= dict(steps=cfg.steps, tokens=cfg.steps * cfg.batch_size, seconds=time.time() - began)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    report(model, cfg.hook, sae, rows, document, metrics, frequency, out / "report.html", chosen)
+    shown = [int(i) for i in cfg.features.split(",")] if cfg.features else []
+    require({*shown} <= {*range(sae.d_sae)}, f"--features {shown}: they are 0 to {sae.d_sae - 1}")
+    done = train(cfg, sae, buffer)
+    if share[0] == 0:
+        metrics, frequency = evaluate(model, cfg.hook, sae, rows)
+        metrics |= dict(steps=done, tokens=done * cfg.batch_size * share[1], seconds=time() - began)
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        report(model, cfg.hook, sae, rows, document, metrics, frequency, out / "report.html", shown)
 
 def main(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
@@ -453,8 +454,7 @@ def main(argv=None):
     try:
         run(Config(**vars(parser.parse_args(argv))))
     except (OSError, ValueError) as error:  # what the user can put right; bugs show their traceback
-        hint = " (--model tiny-1l needs no network)" if "connect" in str(error) else ""
-        parser.exit(2, f"sae.py: {' '.join(str(error).split())}{hint}\n")
+        parser.exit(2, f"sae.py: {' '.join(str(error).split())}\n")
 
 if __name__ == "__main__":
     main()
