@@ -26,7 +26,7 @@ from huggingface_hub import hf_hub_download
 from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers as pre
+from tokenizers.pre_tokenizers import Digits, Punctuation, Sequence
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge, exceptions
 from transformers import GPT2Tokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
@@ -39,7 +39,7 @@ def require(holds, message):  # what a user can put right: main() ends with this
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencoder on the Hub
 @dataclass
 class Config:
-    model: str | None = HfArg(default=None, help="else tiny-1l (offline); gelu-1l, Hub name, folder")
+    model: str | None = HfArg(default=None, help="else tiny-1l (offline); gelu-1l, Hub name, path")
     dataset: str | None = HfArg(default=None, help="stdlib, a name on the Hub, a file, a 'glob*'")
     hook: str = HfArg(default="blocks.0.mlp.hook_post", help="which activations to explain")
     steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
@@ -89,7 +89,7 @@ def tiny_1l(folder, device, steps=1000):
     if not folder.exists():
         texts, tokenizer = (row["text"] for row in documents("stdlib")), GPT2Tokenizer()
         bpe = tokenizer.backend_tokenizer  # with digits and punctuation one by one: easier to read
-        bpe.pre_tokenizer = pre.Sequence([pre.Digits(True), pre.Punctuation(), bpe.pre_tokenizer])
+        bpe.pre_tokenizer = Sequence([Digits(True), Punctuation(), bpe.pre_tokenizer])
         tokenizer = tokenizer.train_new_from_iterator(texts, 2048, show_progress=False)
         model = GPTNeoXForCausalLM(GPTNeoXConfig(
             vocab_size=2048, hidden_size=128, num_hidden_layers=1, num_attention_heads=4,
