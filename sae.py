@@ -124,9 +124,9 @@ def documents(src):
     return load_dataset("text", data_files=src, sample_by="document", split="train", streaming=True)
 
 def token_rows(dataset, tokenizer, share=(0, 1), seq_len=128, held_out=False):
-    """Yields rows of tokens [seq_len], BOS first, shuffled, without end; or those held out from
-    these, each once, with the number of its document. A column `tokens` is cut as in the first
-    replication (1,024 -> 8 x 128, BOS in the place of each piece's first); `text` is packed."""
+    """Yields rows of tokens [seq_len], BOS first, shuffled, without end, from share i of n of
+    the data; or those held out, each once, with the number of its document. `text` is packed;
+    `tokens`, as in the first replication: 1,024 -> 8 x 128, BOS in place of each piece's first."""
     bos, eos, document = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
     for turn in range(1) if held_out else count():
         for batch in split_dataset_by_node(documents(dataset), *share).shuffle(0).batch(64):

@@ -6,6 +6,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -126,6 +129,12 @@ def test_ready_made_tokens_are_cut_with_bos_in_the_place_of_the_first(model, mon
     rows += [next(training) for _ in range(8 * 20 - len(rows))]
     assert sorted(row[1] for row in rows) == list(range(1, 8 * 20 * 128, 128))
     assert all(row == [model.tokenizer.bos_token_id, *range(row[1], row[1] + 127)] for row in rows)
+
+
+def test_under_torchrun_each_process_has_rows_of_its_own(home, model):
+    halves = [S.token_rows(f"{home}/*.txt", model.tokenizer, (i, 2)) for i in range(2)]
+    a, b = ({tuple(next(rows)) for _ in range(100)} for rows in halves)
+    assert len(a) > 50 and not a & b
 
 
 # ---- The activation buffer -----------------------------------------------------------------------
@@ -363,6 +372,39 @@ def test_resume_ends_where_an_uninterrupted_run_ends(k, tmp_path, capsys):
                                                                     torch.get_rng_state())
     with pytest.raises(ValueError, match="--resume"):
         train("killed", stream, resume=True, d_sae=1, model="other")
+
+
+PROCESS = """
+import torch, sae as S
+from accelerate import PartialState
+def train(cfg, sae, buffer, real=S.train):
+    done = real(cfg, sae, buffer)
+    torch.save(sae.state_dict(), f"{cfg.out}/{PartialState().process_index}.pt")
+    return done
+S.train = train
+S.main()
+"""
+
+
+def test_two_processes_under_torchrun_train_one_sae_as_good_as_one_process_does(
+        home, model, held_out, tmp_path):
+    flags = command(home, "--hook", HOOK, "--steps", "200", "--batch-size", "256", "--buffer", "4",
+                    "--d-sae", "64", "--l1", "0.2")
+    S.main([*flags, "--out", str(tmp_path / "one")])
+    (tmp_path / "process.py").write_text(PROCESS)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         tmp_path / "process.py", *flags, "--out", tmp_path / "two"],
+        capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(S.__file__).parent), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("decoder norms") == 1, "one of them prints"
+    a, b = (torch.load(tmp_path / "two" / f"{i}.pt") for i in range(2))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    x = S.harvest(model, HOOK, held_out[0])[:, 1:]                           # [n, pos, d_in]
+    one, two = ((S.SparseAutoencoder.load(tmp_path / name)(x)[0] - x).pow(2).sum().item()
+                for name in ("one", "two"))
+    assert two < 1.05 * one, "in the same steps"
 
 
 # ---- Saving and loading --------------------------------------------------------------------------
