@@ -36,7 +36,7 @@ def require(holds, message):  # what a user can put right: main() ends with this
     if not holds:
         raise ValueError(message)
 # ---- 1. Config: every field is a flag ------------------------------------------------------------
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # in NeelNanda/sparse_autoencoder on the Hub
+REPO, PUBLISHED = "NeelNanda/sparse_autoencoder", {"run1": "25.pt", "run2": "47.pt"}  # on the Hub
 @dataclass
 class Config:
     model: str | None = HfArg(default=None, help="else tiny-1l (offline); gelu-1l, Hub name, path")
@@ -49,7 +49,7 @@ class Config:
     d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
     l1: float | None = HfArg(default=None, help="L1 weight; else 0.07 x the length of x - mean")
     k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
-    lr: float | None = HfArg(default=None, help="peak learning rate; else 0.09 / sqrt(d_in)")
+    lr: float | None = HfArg(default=None, help="peak learning rate; else 0.27 / sqrt(d_sae)")
     buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
     seed: int = HfArg(default=0, help="of the first weights and the buffer's order")
     device: str | None = HfArg(default=None, help="cpu, cuda, mps; else the best there is")
@@ -91,6 +91,7 @@ def tiny_1l(folder, device, steps=1000):
         bpe = tokenizer.backend_tokenizer  # with digits and punctuation one by one: easier to read
         bpe.pre_tokenizer = Sequence([Digits(True), Punctuation(), bpe.pre_tokenizer])
         tokenizer = tokenizer.train_new_from_iterator(texts, 2048, show_progress=False)
+        torch.manual_seed(0)  # the same tiny-1l whatever --seed says, on the same machine
         model = GPTNeoXForCausalLM(GPTNeoXConfig(
             vocab_size=2048, hidden_size=128, num_hidden_layers=1, num_attention_heads=4,
             intermediate_size=512, rotary_pct=1.0, use_parallel_residual=False)).to(device)
@@ -249,8 +250,7 @@ class SparseAutoencoder(torch.nn.Module):
     @classmethod
     def load(cls, source, device="cpu"):
         """"run1" or "run2" (published), a folder of ours or SAELens's, or a .pt state dict"""
-        repo, file = "NeelNanda/sparse_autoencoder", PUBLISHED.get(source)
-        path = Path(hf_hub_download(repo, file) if file else source)
+        path = Path(hf_hub_download(REPO, PUBLISHED[source]) if source in PUBLISHED else source)
         try:
             cfg = json.loads((path / "cfg.json").read_text()) if path.is_dir() else {}
             weights = (load_file(path / "sae_weights.safetensors") if cfg else
@@ -280,7 +280,7 @@ def train(cfg, sae, buffer):
     """Train `sae` in place, with checkpoints and train.jsonl in cfg.out -> the steps it has had"""
     out, done, logged, k, main = Path(cfg.out), 0, 0, sae.k, PartialState().is_main_process
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(groups, betas=(0.7, 0.97), fused=True)  # short runs: a short memory
     idle = torch.zeros_like(sae.b_enc, dtype=torch.long)  # [d_sae], steps since a feature fired
     about = dict(model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset,
                  d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, batch_size=cfg.batch_size, of=cfg.steps)
@@ -297,7 +297,7 @@ def train(cfg, sae, buffer):
         return done
     x = broadcast(buffer.next())  # so that all processes begin alike       # [batch, d_in]
     scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
-    lr = cfg.lr or 0.09 / sae.d_in ** 0.5
+    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5  # more features, smaller steps, as Gao et al. 2024 found
     l1 = 0.0 if sae.k else 0.07 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
     sae.b_dec.data = sae.b_dec.data if cfg.load or cfg.resume else x.mean(0)
     log = open(out / "train.jsonl", "a", buffering=1)
@@ -394,7 +394,7 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=()
     console.print("How many features (bars) fire how often (log10 of the share of tokens)")
     density = frequency[frequency > 0].log10().histc(20, -5, 0).tolist()  # 20 bars
     for i, n in enumerate(density):
-        console.print(f"{i / 4 - 5:14.2f}  {'█' * round(60 * n / max(density))} {n:.0f}")
+        console.print(f"{i / 4 - 5:14.2f}  {'█' * round(60 * n / max(1, *density))} {n:.0f}")
     if not chosen:  # twenty, evenly from rare to frequent, of those seen often enough to judge
         seen = frequency.argsort()[(frequency * rows.numel() < 10).sum():]
         chosen = seen[torch.linspace(0, len(seen) - 1, min(20, len(seen))).long()].tolist()
