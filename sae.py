@@ -112,6 +112,7 @@ def tiny_1l(folder, device, steps=1000):
 def harvest(model, hook, tokens):
     """The activations at `hook` for tokens [rows, seq_len] -> [rows, seq_len, d_in]"""
     def stop(act, hook):  # ends the forward pass: what lies above the hook is not computed
+        require(act.shape[:2] == tokens.shape, f"--hook {hook.name} has no vector for each token")
         raise exceptions.StopAtLayerException(act)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
         return model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)]).flatten(2).float()
@@ -182,10 +183,9 @@ class SparseAutoencoder(torch.nn.Module):
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        W_dec = F.normalize(torch.randn(d_sae, d_in), dim=-1)  # rows of length 1
+        self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in)))  # [d_sae, d_in]
         # A feature begins by reading what it writes; at 0.3, or all together would be too much
-        self.W_enc = torch.nn.Parameter(0.3 * W_dec.T.contiguous())          # [d_in, d_sae]
-        self.W_dec = torch.nn.Parameter(W_dec)                               # [d_sae, d_in]
+        self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())   # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))  # [d_sae]
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))  # [d_in]
 

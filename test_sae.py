@@ -607,6 +607,7 @@ def test_a_residual_stream_hook(home, tmp_path, capsys):
     (["--dataset", "BINARY"], "utf-8"),
     (["--hook", "blocks.1.mlp.hook_pots"], "blocks.1.mlp.hook_post"),
     (["--hook", "blocks.9.mlp.hook_post"], "blocks.1.mlp.hook_post"),
+    (["--hook", "blocks.1.attn.hook_pattern"], "no vector for each token"),
     (["--load", "/nowhere"], "/nowhere"),
     (["--load", "OTHER"], "gated"),
     (["--load", "MISFIT"], "d_in"),
