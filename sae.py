@@ -70,9 +70,9 @@ class Config:
         self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
         datasets = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
-        best = str(PartialState(cpu=self.device == "cpu").device)  # torchrun: a GPU each
-        self.device = self.device or best
-        require(self.device in ("cpu", best, best[:4]), f"--device {self.device}: use {best}")
+        own = PartialState(self.device == "cpu" or not torch.accelerator.is_available()).device.type
+        self.device = self.device or own  # under torchrun, "cuda" is each process's own GPU
+        require(self.device in ("cpu", own), f"--device {self.device}: use {own}")
         self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
 # ---- 2. The language model -----------------------------------------------------------------------
 def load_model(name, device="cpu", cache="~/.cache/sae.py"):

@@ -391,14 +391,22 @@ def test_two_processes_under_torchrun_train_one_sae_as_good_as_one_process_does(
     flags = command(home, "--hook", HOOK, "--steps", "200", "--batch-size", "256", "--buffer", "4",
                     "--d-sae", "64", "--l1", "0.2")
     S.main([*flags, "--out", str(tmp_path / "one")])
+    flags = [flag for flag in flags if flag not in ("--device", "cpu")]
     (tmp_path / "process.py").write_text(PROCESS)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         tmp_path / "process.py", *flags, "--out", tmp_path / "two"],
-        capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(S.__file__).parent), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("decoder norms") == 1, "one of them prints"
+
+    def torchrun(*more):  # without --device: where there is no GPU, the processes find each other
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             tmp_path / "process.py", *flags, "--out", tmp_path / "two", *more],
+            capture_output=True, text=True, env={
+                **os.environ, "PYTHONPATH": str(Path(S.__file__).parent), "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("decoder norms") == 1, "one of them prints"
+        return done.stdout
+
+    torchrun()
+    assert "200 of 200 steps are done" in torchrun("--resume")
     a, b = (torch.load(tmp_path / "two" / f"{i}.pt") for i in range(2))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     x = S.harvest(model, HOOK, held_out[0])[:, 1:]                           # [n, pos, d_in]
