@@ -1,8 +1,8 @@
 """sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
 After Towards Monosemanticity (Bricken et al. 2023). `python sae.py --steps 1000` makes a small
-transformer, once, explains its MLP and prints, in five minutes on two CPU cores:
-    loss_recovered 0.9752   ce 3.334   ce_sae 3.393   ce_zero 5.711   ce_mean 8.478
-    l0 32.77   fvu 0.0958   dead 0.0278   decoder norms 0.9999999 to 1.0000001
+transformer, once, explains its MLP and prints, in two to five minutes on two CPU cores:
+    loss_recovered 0.9637   ce 3.329   ce_sae 3.405   ce_zero 5.425   ce_mean 8.642
+    l0 30.57   fvu 0.0961   dead 0.0205   decoder norms 0.9999999 to 1.0000001
 `python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. To be read in
 order: config, language model, data, buffer, autoencoder, training, evaluation, looking.
 """
