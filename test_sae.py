@@ -137,6 +137,14 @@ def test_under_torchrun_each_process_has_rows_of_its_own(home, model):
     assert len(a) > 50 and not a & b
 
 
+def test_tiny_1l_is_made_once_and_the_same_each_time(tmp_path):
+    made = [S.tiny_1l(tmp_path / name, "cpu", steps=4) for name in ("a", "b")]
+    a, b = (load_file(folder / "model.safetensors") for folder in made)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert S.tiny_1l(made[0], "cpu", steps=1) == made[0], "what is there is taken as it is"
+    torch.testing.assert_close(load_file(made[0] / "model.safetensors"), a, rtol=0, atol=0)
+
+
 # ---- The activation buffer -----------------------------------------------------------------------
 
 def test_the_buffer_serves_each_activation_once_without_bos_and_mixes_documents(home, model):
