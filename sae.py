@@ -409,7 +409,7 @@ def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=()
                 console.print(Text(f"{word:>7}  " + "  ".join(show(model.tokenizer, top.indices))))
         peaks = a.new_zeros(int(texts.max()) + 1).scatter_reduce(
             0, texts.flatten(), a.flatten(), "amax")                         # the best of each text
-        for peak, text in zip(*peaks.topk(min(5, len(peaks)))):
+        for peak, text in zip(*peaks.topk(min(5, int((peaks > 0).sum())))):
             row, pos = divmod(int((a * (texts == text)).argmax()), rows.shape[1])
             line, window = Text(f"{peak:7.2f}  "), (row, slice(max(1, pos - 12), pos + 8))
             for token, level in zip(show(model.tokenizer, rows[window]), a[window] / a.max()):

@@ -553,6 +553,14 @@ def test_the_top_examples_are_the_true_maxima_from_different_documents(reported,
         assert shown == pytest.approx(best, abs=0.006)
 
 
+def test_a_silent_feature_can_be_asked_for(model, held_out, tmp_path, capsys):
+    sae = S.SparseAutoencoder(64, 64)
+    sae.b_enc.data[:] = -1000.0
+    metrics, frequency = S.evaluate(model, HOOK, sae, held_out[0])
+    S.report(model, HOOK, sae, *held_out, metrics, frequency, tmp_path / "r.html", [3])
+    assert "feature 3: on 0.000% of tokens" in capsys.readouterr().out
+
+
 def test_the_page_is_small_and_inert_and_shows_tokens_as_they_are(reported, model, tmp_path):
     _, page = reported
     assert len(page) < 500_000 and "<script" not in page and "src=" not in page
