@@ -184,7 +184,7 @@ class SparseAutoencoder(torch.nn.Module):
         super().__init__()
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
         self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in)))  # [d_sae, d_in]
-        # A feature begins by reading what it writes; at 0.3, or all together would be too much
+        # Its rows have length 1. A feature begins by reading what it writes; at 0.3, for all sum up
         self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())   # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))  # [d_sae]
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))  # [d_in]
@@ -280,7 +280,7 @@ def train(cfg, sae, buffer):
     """Train `sae` in place, with checkpoints and train.jsonl in cfg.out -> the steps it has had"""
     out, done, logged, k, main = Path(cfg.out), 0, 0, sae.k, PartialState().is_main_process
     groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
-    adam = torch.optim.Adam(groups, betas=(0.7, 0.97), fused=True)  # short runs: a short memory
+    adam = torch.optim.Adam(groups, betas=(0.7, 0.97), fused=True)  # short run, short memory
     idle = torch.zeros_like(sae.b_enc, dtype=torch.long)  # [d_sae], steps since a feature fired
     about = dict(model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset,
                  d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, batch_size=cfg.batch_size, of=cfg.steps)
