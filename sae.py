@@ -1,460 +1,802 @@
-"""sae.py: train a sparse autoencoder on a language model's activations, measure it, look inside.
-After Towards Monosemanticity (Bricken et al. 2023). `python sae.py --steps 1000` makes a small
-transformer, once, explains its MLP and prints, in two to five minutes on two CPU cores:
-    loss_recovered 0.9637   ce 3.329   ce_sae 3.405   ce_zero 5.425   ce_mean 8.642
-    l0 30.57   fvu 0.0961   dead 0.0205   decoder norms 0.9999999 to 1.0000001
-`python sae.py --model gelu-1l --steps 100000` is the first replication, Neel Nanda's. To be read in
-order: config, language model, data, buffer, autoencoder, training, evaluation, looking.
+"""sae.py: train a sparse autoencoder (SAE) on a language model's activations.
+
+After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
+Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` explains the MLP of tiny-1l, a
+small transformer that lies beside this file. After TODO minutes on two CPU cores it ends
+
+    TODO
+
+`python sae.py --model gelu-1l --steps 100000` is the first replication's run.
+
+The sections follow the data, from top to bottom. 4 to 6 are the SAE: start there, and copy
+from there. The others feed it, measure it and keep it: 1 Config, 2 Data, 3 Language model,
+[4 Activation buffer, 5 Autoencoder, 6 Training], 7 Evaluation, 8 Looking, 9 Plumbing (skip
+it on a first reading), main.
 """
 
+import glob
 import json
-from contextlib import suppress
+import math
+import os
+import sys
+import sysconfig
+from collections import deque
 from dataclasses import dataclass
+from datetime import timedelta
 from difflib import get_close_matches
-from itertools import count, islice
+from io import StringIO
+from itertools import islice
 from pathlib import Path
 from time import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
-from datasets import load_dataset
-from datasets.distributed import split_dataset_by_node
+import tyro
+from datasets import IterableDataset, load_dataset
 from einops import rearrange
 from huggingface_hub import hf_hub_download
 from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import Digits, Punctuation, Sequence
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge, exceptions
-from transformers import GPT2Tokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformer_lens.model_bridge import TransformerBridge
 
-def require(holds, message):  # what a user can put right: main() ends with this line, status 2
-    if not holds:
+def require(condition, message):
+    """For errors that a user can put right: main() prints the message, without traceback."""
+    if not condition:
         raise ValueError(message)
-# ---- 1. Config: every field is a flag ------------------------------------------------------------
-REPO, PUBLISHED = "NeelNanda/sparse_autoencoder", {"run1": "25.pt", "run2": "47.pt"}  # on the Hub
+
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # NeelNanda/sparse_autoencoder on the Hub
+
+# ---- 1. Config: every field is a flag, and the comment behind it is its help ---------
+
 @dataclass
 class Config:
-    model: str | None = HfArg(default=None, help="else tiny-1l (offline); gelu-1l, Hub name, path")
-    dataset: str | None = HfArg(default=None, help="stdlib, a name on the Hub, a file, a 'glob*'")
-    hook: str = HfArg(default="blocks.0.mlp.hook_post", help="which activations to explain")
-    steps: int = HfArg(default=1000, help="training steps; 0 evaluates what --load names")
-    batch_size: int | None = HfArg(default=None, help="activations per step; else 1024 or 4096")
-    # Memory at gelu-1l's size: weights, gradients and Adam's two moments 4 x 2 x d_in 2,048 x d_sae
-    # 16,384 x 4 bytes = 1.1 GB; a step's four [4,096, d_sae] 1.1 GB; --buffer 384, in bfloat16, 6.4
-    d_sae: int | None = HfArg(default=None, help="features; else 8 x d_in, as in the paper's A/1")
-    l1: float | None = HfArg(default=None, help="L1 weight; else 0.07 x the length of x - mean")
-    k: int | None = HfArg(default=None, help="TopK: keep the k largest features, without L1")
-    lr: float | None = HfArg(default=None, help="peak learning rate; else 0.27 / sqrt(d_sae)")
-    buffer: int = HfArg(default=64, help="batches in the buffer; first replication: 384")
-    seed: int = HfArg(default=0, help="of the first weights and the buffer's order")
-    device: str | None = HfArg(default=None, help="cpu, cuda, mps; else the best there is")
-    out: str | None = HfArg(default=None, help="output folder; else runs/<model>")
-    load: str | None = HfArg(default=None, help="start from run1, run2, a folder or a .pt file")
-    save_every: int = HfArg(default=500, help="steps between checkpoints")
-    resume: bool = HfArg(default=False, help="go on with what --out holds, as if never stopped")
-    features: str | None = HfArg(default=None, help="what the report shows, as in 12,34,56")
-    cache: str = HfArg(default="~/.cache/sae.py", help="where tiny-1l is kept once it is trained")
+    model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
+    hook: str = "blocks.0.mlp.hook_post"  # which activations, in TransformerLens's words
+    dataset: str | None = None  # stdlib, file, folder, 'glob*', HUB_NAME[:SUBSET[:SPLIT]]
+    seq_len: int = 128  # tokens in a row of data, BOS included
+    held_out: int = 384  # rows that are not trained on, for evaluation and report
+
+    d_sae: int | None = None  # number of features; by default 8 x d_in, the paper's A/1
+    l1: float | None = None  # weight of the L1 term; by default it follows the length of x
+    k: int | None = None  # features per token, on average: BatchTopK, in place of L1
+
+    steps: int = 1000  # training steps; 0 only measures what --load names
+    batch_size: int | None = None  # activations a step; by default 4096 (tiny-1l: 1024)
+    lr: float | None = None  # peak learning rate; by default it follows d_sae and steps
+    buffer: int = 64  # batches in the activation buffer (first replication: 384)
+    seed: int = 0  # of the first weights and of the order of the activations
+    device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
+
+    out: str | None = None  # folder for what is written; by default runs/MODEL/HOOK
+    save_every: int | None = None  # steps between saves; default: steps / 20, at least 500
+    resume: bool = False  # go on from what --out holds; give the same flags again
+    load: str | None = None  # begin with this SAE: run1, run2, a folder or a .pt file
+    features: tuple[int, ...] = ()  # which to report, as in 12 34 56; by default twenty
 
     def __post_init__(self):
+        least = {"steps": 0, "l1": 0, "seed": 0, "seq_len": 2, "buffer": 2}
         for name, value in vars(self).items():
-            least = {"steps": 0, "l1": 0, "seed": 0, "buffer": 2}.get(name, 1e-9)
-            require(type(value) not in (int, float) or least <= value < float("inf"),  # nor nan
-                    f"--{name.replace('_', '-')} cannot be {value}")
-        require(not self.k or self.l1 is None, "TopK has no L1 term: give --k or --l1, not both")
-        self.model = self.model or ("gelu-1l" if self.load in PUBLISHED else "tiny-1l")
+            if type(value) in (int, float):
+                in_range = least.get(name, 1e-9) <= value < math.inf  # False for nan
+                require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
+        require(not self.k or self.l1 is None, "--k stands in for --l1: give one of them")
+        if self.steps == 0:
+            only_load = self.load and not (self.k or self.l1 or self.lr or self.resume)
+            require(only_load, "--steps 0 measures --load; --k, --l1, --lr, --resume train")
+
+        # Defaults that follow from something else.
+        if self.load in PUBLISHED and self.model == "tiny-1l":
+            self.model = "gelu-1l"
+        usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
+        self.dataset = self.dataset or usual.get(self.model, "monology/pile-uncopyrighted")
         self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
-        datasets = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
-        self.dataset = self.dataset or datasets.get(self.model, "monology/pile-uncopyrighted")
-        own = PartialState(self.device == "cpu" or not torch.accelerator.is_available()).device.type
-        self.device = self.device or own  # under torchrun, "cuda" is each process's own GPU
-        require(self.device in ("cpu", own), f"--device {self.device}: use {own}")
-        self.out = self.out or f"runs/{Path(self.load or self.model).stem}"
-# ---- 2. The language model -----------------------------------------------------------------------
-def load_model(name, device="cpu", cache="~/.cache/sae.py"):
-    """A frozen TransformerBridge, tokenizer included."""
-    if name == "gelu-1l":
-        model = TransformerBridge.boot_tl_legacy("NeelNanda/GELU_1L512W_C4_Code", device=device)
-    else:
-        name = tiny_1l(Path(cache, name).expanduser(), device) if name == "tiny-1l" else name
-        model = TransformerBridge.boot_transformers(str(name), device=device)
-    return model.eval().requires_grad_(False)
+        self.save_every = self.save_every or max(500, self.steps // 20)
+        if self.out is None:
+            name = f"from-{self.load}" if self.load else self.model
+            hook = f"{self.hook}-k{self.k}" if self.k else self.hook
+            self.out = f"runs/{name.replace('/', '-')}/{hook}"
 
-def tiny_1l(folder, device, steps=1000):
-    """The paper's own transformer in small, trained, once, on Python's own source -> its folder"""
-    if not folder.exists():
-        texts, tokenizer = (row["text"] for row in documents("stdlib")), GPT2Tokenizer()
-        bpe = tokenizer.backend_tokenizer  # with digits and punctuation one by one: easier to read
-        bpe.pre_tokenizer = Sequence([Digits(True), Punctuation(), bpe.pre_tokenizer])
-        tokenizer = tokenizer.train_new_from_iterator(texts, 2048, show_progress=False)
-        torch.manual_seed(0)  # the same tiny-1l whatever --seed says, on the same machine
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(
-            vocab_size=2048, hidden_size=128, num_hidden_layers=1, num_attention_heads=4,
-            intermediate_size=512, rotary_pct=1.0, use_parallel_residual=False)).to(device)
-        adam = torch.optim.AdamW(model.parameters())
-        rate = torch.optim.lr_scheduler.OneCycleLR(adam, 5e-3, steps)
-        rows = token_rows("stdlib", tokenizer)
-        for _ in tqdm(range(steps), f"training tiny-1l, once, into {folder}"):
-            tokens = torch.tensor(list(islice(rows, 16)), device=device)  # [16, seq_len]
-            model(tokens, labels=tokens).loss.backward()
-            adam.step()
-            rate.step()
-            adam.zero_grad()
-        model.save_pretrained(work := folder.with_suffix(".part"))
-        tokenizer.save_pretrained(work)
-        work.replace(folder)  # all at once: nobody ever finds half a model there
-    return folder
+# ---- 2. Data: text, or ready-made tokens, to rows of tokens --------------------------
 
-def harvest(model, hook, tokens):
-    """The activations at `hook` for tokens [rows, seq_len] -> [rows, seq_len, d_in]"""
-    def stop(act, hook):  # ends the forward pass: what lies above the hook is not computed
-        require(act.shape[:2] == tokens.shape, f"--hook {hook.name} has no vector for each token")
-        raise exceptions.StopAtLayerException(act)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
-        return model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)]).flatten(2).float()
-# ---- 3. The data: text -> rows of tokens ---------------------------------------------------------
-def documents(src):
-    """A stream of examples with a column `text` or `tokens`, read as they are needed."""
-    if src == "stdlib":  # the Python standard library's source: its modules of one file
-        src = sorted(map(str, Path(json.__file__).parents[1].glob("*.py")))
-    elif not (set("*?[") & set(src) or Path(src).is_file()):
-        return load_dataset(src, split="train", streaming=True)
-    return load_dataset("text", data_files=src, sample_by="document", split="train", streaming=True)
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-def token_rows(dataset, tokenizer, share=(0, 1), seq_len=128, held_out=False):
-    """Yields rows of tokens [seq_len], BOS first, shuffled, without end, from share i of n of
-    the data; or those held out, each once, with the number of its document. `text` is packed;
-    `tokens`, as in the first replication: 1,024 -> 8 x 128, BOS in place of each piece's first."""
-    bos, eos, document = tokenizer.bos_token_id, tokenizer.eos_token_id, 0
-    for turn in range(1) if held_out else count():
-        for batch in split_dataset_by_node(documents(dataset), *share).shuffle(0).batch(64):
-            require({"text", "tokens"} & {*batch}, f"--dataset {dataset}: no text in {[*batch]}")
-            if "tokens" in batch:
-                runs, start, step = batch["tokens"], 1, seq_len
+def loader_of(file):
+    """Which of datasets' loaders reads it (a.jsonl.zst is a .jsonl); None: it is text."""
+    return next((TABLES[end] for end in Path(file).suffixes if end in TABLES), None)
+
+def read_files(files):
+    """Yields the examples that a file holds, or the file as one text."""
+    for file in files:
+        try:
+            if loader_of(file):
+                name = glob.escape(file)  # or a [1] in it would be a pattern
+                yield from load_dataset(loader_of(file), data_files=name, streaming=True)["train"]
             else:
-                texts = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
-                runs, start, step = [[t for text in texts for t in [*text, eos]]], 0, seq_len - 1
-            rows = {}
-            for run in runs:
-                for i in range(start, len(run) - seq_len + 2, step):
-                    row = [bos, *run[i:i + seq_len - 1]]
-                    if ((check := hash(tuple(row))) % 32 == 0) == held_out:  # 1 in 32 is set aside
-                        rows[check] = (row, document + run[:i].count(eos)) if held_out else row
-                document += run.count(eos) + 1
-            yield from (row for _, row in sorted(rows.items()))  # by checksum: that is, shuffled
-        if turn == 0 and not held_out and share[0] == 0:
-            tqdm.write("The data has come to its end and starts again.")
-# ---- 4. The activation buffer --------------------------------------------------------------------
+                yield {"text": Path(file).read_text(encoding="utf-8", errors="replace")}
+        except Exception as error:  # which of 5,000 files was it?
+            raise ValueError(f"{file}: {error}") from error
+
+def open_dataset(name):
+    """A stream of examples (dicts): from files, or from the Hub. See Config.dataset."""
+    path = os.path.expanduser(name)
+    if name == "stdlib":  # the source of Python's own library, which everybody has
+        path = sysconfig.get_path("stdlib") + "/*.py"
+    elif os.path.isdir(path):
+        path = glob.escape(path) + "/**"
+    elif os.path.isfile(path):
+        path = glob.escape(path)
+    files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    if not files:
+        name, subset, split = (name + "::").split(":")[:3]  # "a" is "a::", all of them ""
+        return load_dataset(name, subset or None, split=split or "train", streaming=True)
+    files = list(filter(loader_of, files)) or files  # a README beside tables is not data
+    return IterableDataset.from_generator(read_files, gen_kwargs={"files": files})
+
+def all_rows(dataset, tokenizer, seq_len):
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, always in the same order.
+
+    Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
+    first replication: 1,024 into 8 x 128, with BOS in place of each piece's first token."""
+    eos = tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    require(eos is not None, "the tokenizer has no EOS")
+    packed = deque()
+    for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
+        text = example.get("text")
+        tokens = example.get("tokens", example.get("input_ids"))
+        if isinstance(text, str):
+            # Text that *writes* <|endoftext|> must not become that token: it is split, too.
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            packed.extend(ids["input_ids"] + [eos])
+            while len(packed) >= seq_len - 1:
+                yield [bos] + [packed.popleft() for _ in range(seq_len - 1)]
+        elif isinstance(tokens, list):
+            for i in range(0, len(tokens) - seq_len + 1, seq_len):
+                yield [bos] + tokens[i + 1:i + seq_len]
+        else:  # an empty example is passed over
+            found = {"text", "tokens", "input_ids"}.intersection(example)
+            require(found, f"--dataset {dataset}: no text or tokens among {list(example)}")
+
+# Needs: all_rows, and what that needs.
+def token_rows(dataset, tokenizer, seq_len=128, held_out=False, part=0, parts=1):
+    """Yields rows to train on, without end. Or those that are held out, every 32nd, once.
+
+    Process `part` of `parts` (torchrun) trains on one group of 31 in every `parts`."""
+    while True:
+        found = False
+        for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
+            if held_out:
+                wanted = n % 32 == 0
+            else:
+                wanted = n % 32 > 0 and n // 32 % parts == part
+            if wanted:
+                found = True
+                yield row
+        if held_out:
+            return
+        require(found, f"--dataset {dataset}: too short to make rows of, or empty")
+
+# ---- 3. The language model -----------------------------------------------------------
+
+def load_model(name, device="cpu"):
+    """A frozen TransformerBridge. On a GPU in bfloat16: half the memory, and faster."""
+    dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
+    boot = TransformerBridge.boot_transformers
+    if name == "gelu-1l":
+        name = "NeelNanda/GELU_1L512W_C4_Code"
+        boot = TransformerBridge.boot_tl_legacy  # it was saved by an early TransformerLens
+    elif name == "tiny-1l":
+        name = str(Path(__file__).parent / "assets" / "tiny-1l")
+        require(os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another")
+    return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
+
+class Reached(Exception):
+    """Carries the activations at a hook out of the forward pass, and so ends it."""
+
+# Needs: torch, Reached.
+@torch.no_grad()
+def get_activations(model, hook, tokens):
+    """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
+    def stop(act, hook):
+        raise Reached(act)  # caught just below: the layers above are never computed
+
+    try:
+        model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
+        raise ValueError(f"--hook {hook} is not reached by the forward pass")
+    except Reached as reached:
+        act = reached.args[0]
+    if act.shape[:2] != tokens.shape:
+        raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
+    return act.flatten(2).float()  # the heads of attention, if any, stand side by side
+
+# ---- 4. The activation buffer --------------------------------------------------------
+
+# Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] in random order, each of them once: those of one text
-    are alike, and a gradient wants variety. Half of the store is refilled when half is spent."""
-    def __init__(self, model, hook, rows, batch_size, n_batches, device="cpu"):
-        self.model, self.hook, self.rows, self.batch_size = model, hook, rows, batch_size
-        act = harvest(model, hook, torch.tensor([next(rows)], device=device))  # [1, seq_len, d_in]
-        self.per_row, self.d_in = act.shape[1] - 1, act.shape[2]             # -1: BOS stays out
-        dtype = torch.bfloat16 if act.is_cuda else torch.float32  # CPUs are slow at bfloat16
-        self.store = torch.empty(n_batches * batch_size, self.d_in, dtype=dtype, device=device)
-        # Nothing in `store` ever moves (to shuffle it would take it twice). `order` is the order of
-        # serving; its first `spent` entries have been served: to begin with, all of them.
-        self.order, self.spent = torch.arange(len(self.store), device=device), len(self.store)
+    """Serves activations [batch_size, d_in] in random order, each of them once.
 
-    def refill(self, rows_at_once=16):  # overwrites what is spent, and only that, in place
-        for slots in self.order[:self.spent].split(rows_at_once * self.per_row):
-            rows = list(islice(self.rows, -(-len(slots) // self.per_row)))
-            act = harvest(self.model, self.hook, torch.tensor(rows, device=slots.device))
-            act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")    # BOS: nothing to learn
-            self.store[slots] = act[:len(slots)].to(self.store.dtype)        # last row: cut to fit
-        self.order, self.spent = torch.randperm(len(self.store)).to(self.store.device), 0
+    Those of one text are alike, and a gradient wants variety: a batch is drawn from all
+    over the buffer. Whenever half of it has been served, that half is filled anew.
 
-    def next(self):  # -> [batch_size, d_in], float32
-        if self.spent > len(self.order) // 2:
+    get_activations: from tokens [rows, seq_len] to activations [rows, seq_len, d_in]
+    rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
+
+    def __init__(self, get_activations, rows, batch_size, n_batches, device="cpu"):
+        self.get_activations = get_activations
+        self.rows = rows
+        self.batch_size = batch_size
+        self.rows_at_once = 128 if "cuda" in str(device) else 16  # 16 suit a CPU's cache
+        probe = get_activations(torch.tensor([next(rows)], device=device))
+        self.per_row = probe.shape[1] - 1  # BOS is the same in all rows: it stays out
+        self.d_in = probe.shape[2]
+
+        # Nothing in `store` ever moves: to shuffle it, one would need it twice. Instead,
+        # `order` is shuffled, the order of serving. Its first `served` entries have been
+        # served and may be overwritten: to begin with, all of them.
+        dtype = torch.bfloat16 if probe.is_cuda else torch.float32
+        size = n_batches * batch_size
+        self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)  # [size, d_in]
+        self.order = torch.arange(size, device=device)  # [size]
+        self.served = size
+
+    @torch.no_grad()
+    def refill(self):
+        """Overwrites what has been served, and only that, in place. Draws a new order."""
+        for slots in self.order[:self.served].split(self.rows_at_once * self.per_row):
+            n_rows = math.ceil(len(slots) / self.per_row)
+            tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
+            act = self.get_activations(tokens)  # [rows, seq_len, d_in]
+            act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
+            self.store[slots] = act[:len(slots)].to(self.store.dtype)  # the surplus is lost
+        self.order = torch.randperm(len(self.store)).to(self.order.device)
+        self.served = 0
+
+    def next(self):
+        if self.served > len(self.order) // 2:
             self.refill()
-        self.spent += self.batch_size
-        return self.store[self.order[self.spent - self.batch_size:self.spent]].float()
-# ---- 5. The autoencoder --------------------------------------------------------------------------
+        slots = self.order[self.served:self.served + self.batch_size]
+        self.served += self.batch_size
+        return self.store[slots].float()  # [batch, d_in]
+
+# ---- 5. The autoencoder --------------------------------------------------------------
+
+# Needs: torch, F. (save and load are in room 9, with what they need.)
 class SparseAutoencoder(torch.nn.Module):
-    """x_hat = f @ W_dec + b_dec  with  f = ReLU((x - b_dec) @ W_enc + b_enc)  and most of f zero.
-    Row i of W_dec, of length 1, is feature i's direction in the space of the activations x.
-    k=None is the paper's ReLU with an L1 penalty; an integer is TopK (Gao et al. 2024)."""
+    """Writes x as a sum of a few out of d_sae directions.
+
+        pre   = (x - b_dec) @ W_enc + b_enc          [batch, d_sae]
+        f     = pre where pre > threshold, else 0    [batch, d_sae], most of it 0
+        x_hat = f @ W_dec + b_dec                    [batch, d_in]
+
+    Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is in
+    x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
+    With k, the threshold rises until only k features per token pass it, on average:
+    BatchTopK (Bussmann et al. 2024)."""
+
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
-        self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in)))  # [d_sae, d_in]
-        # Its rows have length 1. A feature begins by reading what it writes; at 0.3, for all sum up
-        self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())   # [d_in, d_sae]
-        self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))  # [d_sae]
-        self.b_dec = torch.nn.Parameter(torch.zeros(d_in))  # [d_in]
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.k = k
+        directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
+        self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
+        # A feature begins by reading what it writes. Many fire; 0.3 keeps their sum near x.
+        self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
+        self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # (x - b_dec) @ W_enc + b_enc, multiplied out: the same numbers, but b_dec meets W_enc once
-        # and not once per example, and x needs no gradient: 5 matrix products a step, not 6.
-        return F.linear(x, self.W_enc.T, self.b_enc - self.b_dec @ self.W_enc)  # [batch, d_sae]
+        # (x - b_dec) @ W_enc + b_enc, but b_dec gets its gradient through a vector, `zero`,
+        # and not through the matrix x - b_dec: that saves one of six large matrix products.
+        b_dec = self.b_dec.detach()
+        zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
+        return (x - b_dec) @ self.W_enc + (self.b_enc + zero)  # [..., d_sae]
 
-    def encode(self, x):  # [batch, d_in] -> f [batch, d_sae]
+    def encode(self, x):
         pre = self.pre_activations(x)
-        if self.k is None:
-            return F.relu(pre)
-        values, index = pre.topk(self.k)                                     # [batch, k] each
-        return torch.zeros_like(pre).scatter(-1, index, F.relu(values))
+        return pre.masked_fill(pre <= self.threshold, 0.0)         # f [..., d_sae]
 
-    def decode(self, f):  # [batch, d_sae] -> x_hat [batch, d_in]
-        return F.linear(f, self.W_dec.T, self.b_dec)
+    def decode(self, f):
+        return f @ self.W_dec + self.b_dec                         # x_hat [..., d_in]
 
-    def forward(self, x):  # [batch, d_in] -> x_hat [batch, d_in], f [batch, d_sae]
+    def forward(self, x):
         f = self.encode(x)
         return self.decode(f), f
 
     def loss(self, x, l1=0.0):
-        """x [batch, d_in] -> loss, x_hat [batch, d_in], f [batch, d_sae] (TopK's: [batch, k])
-        Both terms are means over the batch, so l1 means the same at any batch size. The first
-        replication sums the second: its 3e-4 at batch 4,096 is 4,096 x 3e-4 = 1.23 here."""
-        if self.k is None:
-            x_hat, f = self(x)
-        else:
-            # f @ W_dec would multiply by d_sae - k zeros. What is left is a sum of k rows of W_dec
-            # weighted by f; embedding_bag computes just that, and the same gradients.
-            f, i = self.pre_activations(x).topk(self.k)                      # [batch, k] each
-            f = F.relu(f)  # [batch, k]
-            x_hat = self.b_dec + F.embedding_bag(i, self.W_dec, per_sample_weights=f, mode="sum")
-        return (F.mse_loss(x_hat, x, reduction="sum") + l1 * f.sum()) / len(x), x_hat, f
+        """For training: x [batch, d_in] -> loss, x_hat [batch, d_in], f [batch, d_sae]
 
-    # The unit-norm rule. Without it the L1 term is cheated: halve f, double W_dec, same x_hat.
-    # It has two halves, and a training step is: project_gradient, optimizer.step, normalize.
-    # One: the part of a row's gradient along the row could only change its length. It goes *before*
-    # step(), or it would fill Adam's moments and bend all later steps.
-    # Two: a step at a right angle to a row still makes it longer (Pythagoras), so the rows are
-    # brought back to length 1 *after* step(). The first replication lacked this half, then had it
-    # before step(): whatever was evaluated or saved was one step off.
-    def project_gradient(self):  # half one, before optimizer.step()
-        W, grad = self.W_dec.data, self.W_dec.grad                           # [d_sae, d_in] each
-        grad -= (grad * W).sum(-1, keepdim=True) * W
+        Both terms are means over the batch, so l1 means the same at any batch size. (The
+        first replication sums the second: its 3e-4 at batch 4,096 is 1.23 here.)"""
+        x_hat, f = self(x)
+        squared_error = (x_hat - x).pow(2).sum(-1).mean()
+        sparsity = f.sum(-1).mean()  # the L1 norm: f is never negative
+        return squared_error + l1 * sparsity, x_hat, f
 
-    def normalize(self):  # half two, after optimizer.step()
-        self.W_dec.data /= self.W_dec.data.norm(dim=-1, keepdim=True)
+    @torch.no_grad()
+    def move_threshold(self, x, k):
+        """Towards the value that k features per token of x [n, d_in] pass: by a tenth, for
+        one batch is noisy. The SAE is trained with the threshold that it will be used with."""
+        pre = self.pre_activations(x).flatten()  # [n * d_sae]
+        largest = pre.topk(k * len(x)).values  # [k * n]
+        self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
 
-    def save(self, folder, **metadata):
-        """Write two files that SAELens reads, too: SAE.load_from_disk(folder)"""
-        cfg = dict(architecture="topk" if self.k else "standard", d_in=self.d_in, d_sae=self.d_sae,
-                   dtype="float32", device="cpu", normalize_activations="none",
-                   reshape_activations="none", apply_b_dec_to_input=True,
-                   metadata={"sae_lens_version": "6.0.0"} | metadata)
-        cfg |= dict(k=self.k, rescale_acts_by_decoder_norm=False) if self.k else {}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), Path(folder, "sae_weights.safetensors"))
-        Path(folder, "cfg.json").write_text(json.dumps(cfg))
+    # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
+    # same x_hat. A training step is: project_gradient, optimizer.step, normalize.
 
-    @classmethod
-    def load(cls, source, device="cpu"):
-        """"run1" or "run2" (published), a folder of ours or SAELens's, or a .pt state dict"""
-        path = Path(hf_hub_download(REPO, PUBLISHED[source]) if source in PUBLISHED else source)
-        try:
-            cfg = json.loads((path / "cfg.json").read_text()) if path.is_dir() else {}
-            weights = (load_file(path / "sae_weights.safetensors") if cfg else
-                       torch.load(path, "cpu", weights_only=True))
-            kind = [cfg.get("architecture", "standard"), cfg.get("apply_b_dec_to_input", True)]
-            require(kind in (["standard", True], ["topk", True]), f"{kind} is not known here")
-            sae = cls(*weights["W_enc"].shape, cfg.get("k"))
-            sae.load_state_dict(weights)
-        except Exception as error:
-            raise ValueError(f"--load {source} (run1, run2, a folder or .pt): {error!r}") from error
-        return sae.to(device)
-# ---- 6. Training ---------------------------------------------------------------------------------
+    @torch.no_grad()
+    def project_gradient(self):
+        """Before step(): takes out the part of each row's gradient that could only change
+        the row's length. Left in, it would fill Adam's averages and bend later steps."""
+        along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
+        self.W_dec.grad -= along * self.W_dec
+
+    @torch.no_grad()
+    def normalize(self):
+        """After step(): a step at a right angle to a row still lengthens it (Pythagoras), so
+        all rows are brought back to length 1. The first replication lacked this half,
+        then had it before step(): all that was evaluated or saved was one step off."""
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def move_lengths_to_encoder(self):
+        """Once, where training goes on from rows that are not of length 1 (SAELens): makes
+        them so and leaves x_hat as it is. normalize() alone would change it."""
+        length = self.W_dec.norm(dim=-1).clamp(min=1e-9)  # [d_sae]
+        self.W_dec /= length[:, None]
+        for tensor in (self.W_enc, self.b_enc, self.threshold):
+            tensor *= length
+
+# ---- 6. Training ---------------------------------------------------------------------
+
+# Needs: torch, F.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """Point the `dead` features ([d_sae], bool) at what the others fail on; after the paper.
-    Of x [batch, d_in], examples are drawn with probability proportional to their squared loss."""
-    error = x - sae(x)[0]                                                    # [batch, d_in]
-    drawn = torch.multinomial(error.pow(2).sum(-1).pow(2).cpu(), int(dead.sum()), replacement=True)
-    direction = F.normalize(error[drawn], dim=-1)                            # [n_dead, d_in]
-    length = sae.W_enc[:, ~dead].norm(dim=0).mean() * (1.0 if sae.k else 0.2)  # the paper's 0.2
-    sae.W_dec[dead], sae.W_enc[:, dead], sae.b_enc[dead] = direction, length * direction.T, 0.0
-    for moment in "exp_avg", "exp_avg_sq":  # Adam forgets where the old features were going
+    """Points the dead features ([d_sae], bool) at what the others fail on: the paper's
+    "Neuron Resampling", but at the residual of an example and not at the example itself.
+    x [n, d_in]: some thousands of examples."""
+
+    # Draw examples by the square of their loss. None weighs more than 100 typical ones: a
+    # few tokens of a residual stream are huge, and all features would be copies of those.
+    error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
+    weight = error.pow(2).sum(-1).pow(2)  # [n]
+    weight = weight.clamp(max=100 * weight.median()) + 1e-30
+    drawn = torch.multinomial(weight, int(dead.sum()), replacement=True)
+    direction = F.normalize(error[drawn], dim=-1)  # [n_dead, d_in]
+
+    # A feature writes what was missing, and reads what it writes. Its encoder is short, 0.2
+    # of the others' mean length (the paper's). With k it would then never pass the threshold.
+    length = 1.0 if sae.k else 0.2
+    if not dead.all():
+        length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
+    sae.W_dec[dead] = direction
+    sae.W_enc[:, dead] = length * direction.T
+    sae.b_enc[dead] = 0.0
+
+    # Adam forgets where the old features were going.
+    for moment in ("exp_avg", "exp_avg_sq"):
+        adam.state[sae.W_dec][moment][dead] = 0.0
         adam.state[sae.W_enc][moment][:, dead] = 0.0
-        adam.state[sae.W_dec][moment][dead] = adam.state[sae.b_enc][moment][dead] = 0.0
+        adam.state[sae.b_enc][moment][dead] = 0.0
+
+def schedule(step, steps):
+    """The factors of the learning rate, of the L1 weight and of k at this step."""
+    done = step / steps
+
+    # 1) Warm-up over a twentieth of the run, of the rate (Adam's averages are of few
+    #    gradients yet) and of L1 (at first every feature fires).
+    warm_up = min(1.0, 20 * done + 0.01)
+
+    # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
+    #    half: it shrinks all f a bit, and now they recover.
+    decay = min(1.0, 5 * (1 - done))
+
+    # 3) k begins at 8 times its value and is down to it by half of the run: features that
+    #    would not have been among the k largest find a use first, and few of them die.
+    more = 8 ** max(0.0, 1 - 2 * done)
+
+    return warm_up * decay, warm_up * (1 + decay) / 2, more
 
 def train(cfg, sae, buffer):
-    """Train `sae` in place, with checkpoints and train.jsonl in cfg.out -> the steps it has had"""
-    out, done, logged, k, main = Path(cfg.out), 0, 0, sae.k, PartialState().is_main_process
-    groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
-    adam = torch.optim.Adam(groups, betas=(0.7, 0.97), fused=True)  # short run, short memory
-    idle = torch.zeros_like(sae.b_enc, dtype=torch.long)  # [d_sae], steps since a feature fired
-    about = dict(model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset,
-                 d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, batch_size=cfg.batch_size, of=cfg.steps)
+    """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
+    weights = {"params": [sae.W_enc, sae.W_dec]}
+    biases = {"params": [sae.b_enc, sae.b_dec]}
+    adam = torch.optim.Adam([weights, biases], betas=(0.9, 0.99), fused=True)
     if cfg.resume:
-        state = torch.load(out / "resume.pt", cfg.device, weights_only=True)
-        require(state["about"] == about, f"--resume: {out} holds {state['about']}, not {about}")
-        done, idle, logged = state["done"], state["idle"], state["log"]
-        PartialState().print(f"{out}: {done} of {cfg.steps} steps are done")
-        sae.load_state_dict(state["sae"])
-        adam.load_state_dict(state["adam"])
-        torch.set_rng_state(state["rng"].cpu())
-        buffer.rows = islice(buffer.rows, done * cfg.batch_size // buffer.per_row, None)
-    if done >= cfg.steps:
-        return done
-    x = broadcast(buffer.next())  # so that all processes begin alike       # [batch, d_in]
-    scale = (x - x.mean(0)).pow(2).mean().sqrt().item()                      # of one of x's numbers
-    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5  # more features, smaller steps, as Gao et al. 2024 found
-    l1 = 0.0 if sae.k else 0.07 * scale * sae.d_in ** 0.5 if cfg.l1 is None else cfg.l1
-    sae.b_dec.data = sae.b_dec.data if cfg.load or cfg.resume else x.mean(0)
-    log = open(out / "train.jsonl", "a", buffering=1)
-    log.seek(log.truncate(logged))  # what a crash came after is logged anew
-    def save():
-        sae.save(part := out / "part", **about, steps=done)
-        torch.save(dict(about=about, done=done, sae=sae.state_dict(), adam=adam.state_dict(),
-                        idle=idle, rng=torch.get_rng_state(), log=log.tell()), part / "resume.pt")
-        for file in part.iterdir():
-            file.replace(out / file.name)  # a crash leaves the old file or the new, and no half
-        part.rmdir()
-    with suppress(KeyboardInterrupt):
-        bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=not main)
+        done, length, silent = load_checkpoint(cfg, sae, adam)
+        n_rows = done * cfg.batch_size // buffer.per_row
+        for _ in tqdm(range(n_rows), "passing over old rows", disable=RANK > 0):
+            next(buffer.rows)
+    else:
+        done = 0
+        silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
+        x = share(buffer.next())  # [batch, d_in]
+        length = (x - x.mean(0)).norm(dim=-1).median().item()  # typical: some are huge
+        usable = 1e-5 * x.norm(dim=-1).median() < length < math.inf
+        require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
+        if cfg.load:
+            sae.move_lengths_to_encoder()
+        else:
+            sae.b_dec.data = x.mean(0)
+
+    # Measured (README): the best rate falls with the number of features and, in long runs,
+    # with their length; for the same L0, L1 then has to rise.
+    longer = max(1.0, cfg.steps / 1500)
+    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
+    l1 = 0.07 * length * longer ** (1 / 5) if cfg.l1 is None else cfg.l1
+    if sae.k:
+        l1 = 0.0
+    patience = max(10, cfg.steps // 20)  # a feature that is silent for so long is dead
+    loss = torch.tensor(math.nan)  # until there is one, nothing is saved
+    log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
+    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=RANK > 0)
+    try:
         for step in bar:
-            left = 1 - step / cfg.steps  # the share of the run still to come
-            warm, decay = min(1, 20 * (1 - left) + 0.01), min(1, left / (0.5 if sae.k else 0.2))
-            for group, unit in zip(adam.param_groups, (1, scale)):  # biases are in units of x
-                group["lr"] = lr * unit * warm * decay
-            sae.k = k and min(sae.d_sae, round(k * 8 ** max(0, 2 * left - 1)))  # first 8 k: few die
-            x = buffer.next()                                                # [batch, d_in]
-            loss, x_hat, f = sae.loss(x, l1 * warm * (1 + decay) / 2)
+
+            # The rates, L1 weight and number of features of this step. Weights are pure
+            # numbers, but biases are in units of x, and so is their rate.
+            lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
+            adam.param_groups[0]["lr"] = lr * lr_factor
+            adam.param_groups[1]["lr"] = lr * lr_factor * length / sae.d_in ** 0.5
+            x = buffer.next()  # [batch, d_in]
+            if sae.k:
+                k = min(sae.d_sae, round(sae.k * k_factor))
+                sae.move_threshold(x[:128], k)  # 128 tokens are enough for an estimate
+
+            # Forward and backward.
+            loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            for p in sae.parameters():
-                p.grad = reduce(p.grad, "mean")  # over the processes of torchrun
-            idle = torch.where(sae.b_enc.grad == 0, idle + 1, 0)  # no gradient: it did not fire
-            sae.project_gradient()  # the unit-norm rule: before step() and after it
+            average(sae)  # over the processes of torchrun, where there are several
+
+            # The unit-norm rule: project, step, normalize. In this order.
+            sae.project_gradient()
             adam.step()
             sae.normalize()
+            silent = torch.where(sae.b_enc.grad == 0, silent + 1, 0)  # in all processes
             adam.zero_grad()
-            dead, done = idle > cfg.steps // 20, step + 1                    # [d_sae]
-            if step % (cfg.steps // 20 + 1) == 0 and 0.15 < left < 1 and dead.any():
-                resample(sae, adam, dead, broadcast(torch.cat([buffer.next() for _ in range(8)])))
-            if main and 0 in (step % 25, done % cfg.save_every, done - cfg.steps):  # a GPU waits
-                row = dict(loss=loss, l0=(f > 0).sum() / len(x), dead=dead.float().mean(),
-                           fvu=(x_hat - x).pow(2).mean() / scale**2, weights=sae.W_enc.norm())
-                row = {name: round(value.item(), 4) for name, value in row.items()}
-                require(sum(row.values()) < float("inf"), f"not finite: {row}; lower --lr")
-                bar.set_postfix(row)
+            done = step + 1
+
+            # ---- The SAE is trained. What follows revives dead features, logs, saves. ----
+
+            dead = silent >= patience  # [d_sae]
+            if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
+                resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
+                share(*sae.parameters())
+
+            if RANK == 0 and (step % 25 == 0 or done == cfg.steps):
+                error = (x_hat - x).pow(2).sum()
+                variance = (x - x.mean(0)).pow(2).sum()
+                row = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
+                           fvu=(error / variance).item(), dead=dead.float().mean().item())
                 log.write(json.dumps({"step": done, **row}) + "\n")
-                if done % cfg.save_every == 0:
-                    save()
-    sae.normalize()  # for Ctrl-C may have come between step() and normalize()
-    if main:
-        save()
+                bar.set_postfix(row)
+                require(row["loss"] < math.inf, f"step {done}: {row}: lower --lr, or --l1")
+
+            if RANK == 0 and done % cfg.save_every == 0 and loss.isfinite():
+                save_checkpoint(cfg, sae, adam, done, length, silent)
+    except KeyboardInterrupt:
+        pass  # what there is is saved, measured and shown
+    finally:  # saved, too, where an error ends the run: a file that cannot be read, say
+        sae.normalize()
+        if RANK == 0 and loss.isfinite():
+            save_checkpoint(cfg, sae, adam, done, length, silent)
     return done
-# ---- 7. Evaluation -------------------------------------------------------------------------------
+
+# ---- 7. Evaluation -------------------------------------------------------------------
+
+# Needs: torch, F, tqdm, get_activations.
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
-    """-> metrics, and how often each feature fires: [d_sae], as a share of the activations
-    rows [n, seq_len]: none of them trained on. Cross-entropies are in nats per token."""
-    def cross_entropy(replace):
-        def splice(act, hook):  # act [rows, seq_len, d_in]; BOS, at position 0, is left alone
-            return torch.cat([act[:, :1], replace(act[:, 1:].flatten(2)).view_as(act[:, 1:])], 1)
-        return sum(model.run_with_hooks(part, return_type="loss", fwd_hooks=[(hook, splice)])
-                   * len(part) for part in rows.split(16)).item() / len(rows)
-    x = torch.cat([harvest(model, hook, part)[:, 1:] for part in rows.split(16)])  # [n, pos, d_in]
-    mean, error, fired = x.mean((0, 1)), 0.0, 0
-    for part in x.split(16):
-        x_hat, f = sae(part)  # [16, pos, d_in], [16, pos, d_sae]
-        error, fired = error + (x_hat - part).pow(2).sum(), fired + (f > 0).sum((0, 1))  # [d_sae]
-    ce, ce_sae, ce_zero, ce_mean = map(
-        cross_entropy, (lambda x: x, lambda x: sae(x)[0], torch.zeros_like, mean.expand_as))
-    # 1: x_hat is as good for the model as x. 0: no better than zeros. None: nor is x (untrained).
-    recovered = (ce_zero - ce_sae) / (ce_zero - ce) if ce_zero - ce > 0.01 else None
-    frequency = fired / x[..., 0].numel()  # [d_sae]
-    return dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero, ce_mean=ce_mean,
-                l0=frequency.sum().item(), fvu=(error / (x - mean).pow(2).sum()).item(),
-                dead=(fired == 0).float().mean().item()), frequency
-# ---- 8. Looking ----------------------------------------------------------------------------------
-def show(tokenizer, tokens):
-    """Tokens as strings, with what cannot be seen made visible."""
-    for text in tokenizer.batch_decode([[token] for token in tokens]):
-        text = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-        yield "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """rows [n, seq_len], none of them trained on -> metrics, and how often each feature
+    fires [d_sae], as a share of the tokens. BOS does not count, and is left as it is."""
+
+    def cross_entropy(what, replace):
+        """Nats per token, with replace(x) in the place of x [rows, pos, d_in]"""
+        def splice(act, hook):
+            x = act[:, 1:]
+            new = replace(x.flatten(2).float())
+            return torch.cat([act[:, :1], new.view_as(x).to(act.dtype)], dim=1)
+
+        total = 0.0
+        for tokens in tqdm(rows.split(16), f"evaluating {what}", leave=False):
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
+            logits = logits[:, :-1].flatten(0, 1).float()  # [n_tokens, d_vocab]
+            following = tokens[:, 1:].flatten()  # [n_tokens]
+            total += F.cross_entropy(logits, following, reduction="sum").item()
+        return total / rows[:, 1:].numel()
+
+    acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
+    x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
+    mean = x.mean(0)
+    error = fired = 0
+    for part in x.split(2048):
+        x_hat, f = sae(part)  # [2048, d_in], [2048, d_sae]
+        error += (x_hat - part).pow(2).sum()
+        fired += (f > 0).sum(0)  # [d_sae]
+
+    ce = cross_entropy("the model", lambda x: x)
+    ce_sae = cross_entropy("the SAE", lambda x: sae(x)[0])
+    ce_zero = cross_entropy("zeros", lambda x: torch.zeros_like(x))
+    ce_mean = cross_entropy("the mean", lambda x: mean.expand_as(x))
+    recovered = None  # if the model predicts no better with x than with zeros
+    if ce_zero - ce > 0.01:
+        recovered = (ce_zero - ce_sae) / (ce_zero - ce)
+    fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
+    dead = (fired == 0).float().mean()
+    metrics = dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero,
+                   ce_mean=ce_mean, l0=fired.sum().item() / len(x), fvu=fvu.item(),
+                   dead=dead.item())
+    return metrics, fired / len(x)  # [d_sae]
+
+# ---- 8. Looking: what features fire on, and what they do -----------------------------
+
+def visible(tokenizer, tokens):
+    """Tokens as strings in which spaces are seen. Where a character (語, an emoji) is several
+    tokens long, the last one shows it, and the ones before show as "…"."""
+    strings = []
+    begun = []
+    for token in tokens:
+        begun.append(int(token))
+        text = tokenizer.decode(begun)
+        if text.endswith("\ufffd") and len(begun) < 4:  # a character has 4 bytes at most
+            text = "…"
+        else:
+            begun = []
+        text = text.replace(" ", "·").replace("\n", "↵")
+        strings.append("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text))
+    return strings
 
 def logit_effect(model, hook, direction):
-    """What adding `direction` [d_in] at `hook` does to the logits [d_vocab] by the direct path, up
-    to the size of what the final LayerNorm normalises; None where there is no such path."""
+    """What adding `direction` [d_in] at `hook` does to the logits [d_vocab] on the direct
+    path, up to the scale of the last LayerNorm. None where there is no such path."""
     if hook.endswith("mlp.hook_post"):
-        direction = direction @ model.W_out[int(hook.split(".")[1])]         # [d_model]
+        layer = int(hook.split(".")[1])
+        direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif "resid" not in hook:
         return None
-    logits = model.unembed(model.ln_final(torch.stack([direction, 0 * direction])))
+    both = torch.stack([direction, 0 * direction]).to(model.cfg.dtype)
+    logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]  # without what the biases do
 
 @torch.no_grad()
-def report(model, hook, sae, rows, document, metrics, frequency, path, chosen=()):
-    """Print metrics, densities and features, and write the same to `path` as a page.
-    rows [n, seq_len] and document [n], the number of the text in which each row begins."""
-    console, norms = Console(record=True, width=100), sae.W_dec.norm(dim=-1)
+def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
+    """Metrics, densities, features: first as a page at `path`, then on the terminal."""
+    width = min(100, Console().width)
+    page = Console(file=StringIO(), record=True, width=width, highlight=False, markup=False,
+                   emoji=False)
+    page.print(title, style="bold")
     for name, value in metrics.items():
-        console.print(f"{name:>14}  {'nothing to recover' if value is None else round(value, 4)}")
-    console.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
-    console.print("How many features (bars) fire how often (log10 of the share of tokens)")
-    density = frequency[frequency > 0].log10().histc(20, -5, 0).tolist()  # 20 bars
-    for i, n in enumerate(density):
-        console.print(f"{i / 4 - 5:14.2f}  {'█' * round(60 * n / max(1, *density))} {n:.0f}")
-    if not chosen:  # twenty, evenly from rare to frequent, of those seen often enough to judge
-        seen = frequency.argsort()[(frequency * rows.numel() < 10).sum():]
-        chosen = seen[torch.linspace(0, len(seen) - 1, min(20, len(seen))).long()].tolist()
-    act = [sae.encode(harvest(model, hook, part))[..., chosen] for part in rows.split(16)]
-    act = rearrange(torch.cat(act), "row pos feature -> feature row pos")
-    act[..., 0] = 0.0                                                        # BOS
-    texts = document[:, None] + (rows == model.tokenizer.eos_token_id).cumsum(1)  # [n, seq_len]
-    for i, a in zip(chosen, act):                                            # a [n, seq_len]
-        console.print(f"\n[bold]feature {i}: on {frequency[i]:.3%} of tokens, up to {a.max():.2f}")
-        if (effect := logit_effect(model, hook, sae.W_dec[i])) is not None:
+        shown = "nothing to recover" if value is None else round(value, 4)
+        page.print(f"{name:>14}  {shown}")
+    norms = sae.W_dec.norm(dim=-1)
+    page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
+
+    # The paper's histogram of feature densities: four bars to a power of ten.
+    page.print("How many features fire on this share of the tokens, and up to the next")
+    counts = frequency[frequency > 0].log10().histc(20, min=-5, max=0).int().tolist()
+    for i, count in enumerate(counts):
+        bar = "█" * round(60 * count / max(1, *counts))
+        page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
+
+    # By default twenty features, evenly from rare to frequent, that fired ten times or more.
+    if not chosen:
+        often = frequency.argsort()[(frequency * rows[:, 1:].numel() < 9.5).sum():]
+        spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
+        chosen = often[spread].tolist()
+    acts = [get_activations(model, hook, part) for part in rows.split(16)]
+    f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
+    f[:, 0] = 0.0  # BOS
+    for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
+        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {f_i.max():.2f}"
+        page.print(head, style="bold")
+        effect = logit_effect(model, hook, sae.W_dec[i])
+        if effect is not None:
             for word, top in ("up", effect.topk(8)), ("down", (-effect).topk(8)):
-                console.print(Text(f"{word:>7}  " + "  ".join(show(model.tokenizer, top.indices))))
-        peaks = a.new_zeros(int(texts.max()) + 1).scatter_reduce(
-            0, texts.flatten(), a.flatten(), "amax")                         # the best of each text
-        for peak, text in zip(*peaks.topk(min(5, int((peaks > 0).sum())))):
-            row, pos = divmod(int((a * (texts == text)).argmax()), rows.shape[1])
-            line, window = Text(f"{peak:7.2f}  "), (row, slice(max(1, pos - 12), pos + 8))
-            for token, level in zip(show(model.tokenizer, rows[window]), a[window] / a.max()):
-                tint = 255 - int(level * 150)  # black on a tint reads well on light and dark alike
-                line.append(token, f"#000000 on rgb(255,{tint},{tint // 2})" if level > 0 else "")
-            console.print(line, no_wrap=True, overflow="ellipsis")
-    console.save_html(path)
-# ---- All of it, in order -------------------------------------------------------------------------
+                tokens = [visible(model.tokenizer, [token])[0] for token in top.indices]
+                page.print(f"{word:>7}  {'  '.join(tokens)}")
+
+        # The five rows in which it is strongest, around the place where it is.
+        peaks, places = f_i.max(dim=1)  # [n] each
+        for row in peaks.topk(min(5, int((peaks > 0).sum()))).indices:
+            strings = visible(model.tokenizer, rows[row])
+            line = Text(f"{peaks[row]:7.2f}  ")
+            start = max(1, int(places[row]) - 12)
+            for pos in range(start, min(start + 20, len(strings))):
+                level = f_i[row, pos] / peaks[row]
+                tint = 255 - int(150 * level)  # black on it: for light and dark windows
+                style = f"#000000 on rgb(255,{tint},{tint // 2})" if level > 0 else ""
+                line.append(strings[pos], style)
+            page.print(line, no_wrap=True, overflow="ellipsis")
+
+    text = page.export_html(clear=False)
+    text = text.replace("<head>", f"<head><title>SAE of {hook}</title>", 1)
+    Path(path).write_text(text, encoding="utf-8")
+    print(page.export_text(styles=sys.stdout.isatty()))
+
+# ---- 9. Plumbing, to be skipped at first: what is kept, and several processes --------
+
+def write(path, save, thing):
+    """All or nothing: after a crash, or on a full disk, the old file is still there."""
+    try:
+        save(thing, f"{path}.part")
+    except Exception as error:  # torch and safetensors have their own for a full disk
+        raise OSError(f"{path}: not written: {error}") from error
+    os.replace(f"{path}.part", path)
+
+def save_sae(sae, folder, **metadata):
+    """Writes a folder that SAELens reads, too: SAE.load_from_disk(folder)"""
+    cfg = dict(
+        architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, dtype="float32",
+        device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
+        reshape_activations="none",
+        k=sae.k, metadata=dict(sae_lens_version="6.0.0", **metadata))
+    weights = sae.state_dict()
+    if not sae.threshold.any():  # a plain ReLU
+        cfg["architecture"] = "standard"
+        del weights["threshold"]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "cfg.json").write_text(json.dumps(cfg))
+    write(Path(folder, "sae_weights.safetensors"), save_file, weights)
+
+# What SAELens may say of an SAE. Where it says something else, numbers would be wrong here.
+COMPUTED = dict(
+    normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True,
+    rescale_acts_by_decoder_norm=False, finetuning_scaling_factor=False,
+    activation_fn="relu", activation_fn_str="relu")
+
+def load_sae(cls, source):
+    """From run1 or run2 (published), a folder of ours or SAELens's, a .pt state dict."""
+    try:
+        path, cfg = Path(source), {}
+        if source in PUBLISHED:
+            path = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
+        if os.path.isdir(path):
+            cfg = json.loads((path / "cfg.json").read_text())
+            weights = load_file(path / "sae_weights.safetensors")
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        kind = cfg.get("architecture", "standard")
+        require(kind in ("standard", "jumprelu"), f"{kind} is not read, only standard and "
+                "jumprelu (as which SAELens saves a trained batchtopk)")
+        for name, value in COMPUTED.items():
+            said = cfg.get(name, value)
+            require(said in (value, None), f"{name} {said} is not computed here")
+        sae = cls(*weights["W_enc"].shape, cfg.get("k"))
+        weights.setdefault("threshold", torch.zeros(sae.d_sae))
+        sae.load_state_dict(weights)
+        sae.threshold.clamp_(min=0)  # for SAELens has a ReLU before its threshold
+    except Exception as error:
+        raise ValueError(f"--load {source}: {type(error).__name__}: {error}") from error
+    return sae
+
+SparseAutoencoder.save = save_sae
+SparseAutoencoder.load = classmethod(load_sae)
+
+def save_checkpoint(cfg, sae, adam, done, length, silent):
+    sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
+    state = dict(cfg=vars(cfg), sae=sae.state_dict(), adam=adam.state_dict(), done=done,
+                 length=length, silent=silent)
+    write(Path(cfg.out, "resume.pt"), torch.save, state)
+
+MAY_CHANGE = "resume", "out", "device", "features", "save_every", "buffer", "held_out"
+
+def load_checkpoint(cfg, sae, adam):
+    box = [None]  # process 0 reads the file, which others may not have, and sends it
+    if RANK == 0:
+        box[0] = torch.load(Path(cfg.out, "resume.pt"), "cpu", weights_only=True)
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(box)
+    state = box[0]
+    for name, before in state["cfg"].items():
+        same = name in MAY_CHANGE or before == getattr(cfg, name)
+        require(same, f"--resume: the run in {cfg.out} has --{name} {before}")
+    sae.load_state_dict(state["sae"])
+    adam.load_state_dict(state["adam"])
+    tqdm.write(f"{state['done']} of {cfg.steps} steps are done", file=sys.stderr)
+    return state["done"], state["length"], state["silent"].to(sae.b_enc.device)
+
+# torchrun starts this file several times and tells each process which of how many it is.
+# Each reads rows of its own into a buffer of its own; gradients are averaged, and what the
+# first one draws at random is what all use.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+def start(device):
+    """-> the device of this process, once it has met the others."""
+    if WORLD_SIZE > 1:
+        dist.init_process_group(timeout=timedelta(hours=9))  # one may download for long
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # "cuda" is this one
+    elif WORLD_SIZE > 1:
+        best = "cpu"  # the processes of a Mac cannot average on its one GPU
+    try:
+        return str(torch.zeros(1, device=device or best).device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: it is not there; use {best}") from error
+
+def share(*tensors):
+    for tensor in tensors:
+        if WORLD_SIZE > 1:
+            dist.broadcast(tensor.data, 0)
+    return tensors[0]
+
+def average(sae):
+    for tensor in [p.grad for p in sae.parameters()] + [sae.threshold]:
+        if WORLD_SIZE > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.AVG)
+
+# ---- All of it, in order -------------------------------------------------------------
+
 def run(cfg):
-    """Under torchrun all this runs in many processes, each with a share of the data and a buffer of
-    its own. If one will do, delete what says broadcast, reduce, share, main or PartialState."""
-    out, began = Path(cfg.out), time()
-    out.mkdir(parents=True, exist_ok=True)
+    began = time()
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
-    share = PartialState().process_index, PartialState().num_processes
-    with PartialState().local_main_process_first():  # tiny-1l is trained, all else fetched, once
-        model = load_model(cfg.model, cfg.device, cfg.cache)
-    near = get_close_matches(cfg.hook, model.hook_dict, 3, 0)
-    require(cfg.hook in near, f"--hook {cfg.hook}: {cfg.model} has none of that name, but {near}")
     torch.manual_seed(cfg.seed)
-    held_out = [*islice(token_rows(cfg.dataset, model.tokenizer, share, held_out=True), 384)]
-    require(len(held_out) > 1, f"--dataset {cfg.dataset}: not found, or too short to make rows of")
-    rows, document = (torch.tensor(column, device=cfg.device) for column in zip(*held_out))
-    stream = token_rows(cfg.dataset, model.tokenizer, share)
-    buffer = ActivationBuffer(model, cfg.hook, stream, cfg.batch_size, cfg.buffer, cfg.device)
-    sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k).to(cfg.device)
-    sae = SparseAutoencoder.load(cfg.load, cfg.device) if cfg.load else sae
-    require(sae.d_in == buffer.d_in and (sae.k or 0) <= sae.d_sae,
-            f"the SAE: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}. The hook: d_in {buffer.d_in}")
-    shown = [int(i) for i in cfg.features.split(",")] if cfg.features else []
-    require({*shown} <= {*range(sae.d_sae)}, f"--features {shown}: they are 0 to {sae.d_sae - 1}")
-    done = train(cfg, sae, buffer)
-    if share[0] == 0:
+    device = start(cfg.device)
+    other = Path(cfg.out).resolve() != Path(cfg.load or "").resolve()
+    require(other, f"--out {cfg.out} is what --load reads: give another folder")
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+
+    # The language model, and what has to fit it.
+    model = load_model(cfg.model, device)
+    near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
+    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: not there, but {near} are")
+    most = model.cfg.n_ctx
+    require(cfg.seq_len <= most, f"--seq-len {cfg.seq_len}: {cfg.model} reads {most} tokens")
+
+    # The rows that are held out, and a buffer of activations of the others.
+    data = (cfg.dataset, model.tokenizer, cfg.seq_len)
+    rows = list(islice(token_rows(*data, held_out=True), cfg.held_out))
+    require(rows, f"--dataset {cfg.dataset}: too short to make rows of, or empty")
+    rows = torch.tensor(rows, device=device)  # [held_out, seq_len]
+    known = rows.max() < model.cfg.d_vocab
+    require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
+    stream = token_rows(*data, part=RANK, parts=WORLD_SIZE)
+    buffer = ActivationBuffer(lambda tokens: get_activations(model, cfg.hook, tokens),
+                              stream, cfg.batch_size, cfg.buffer, device)
+
+    # The autoencoder.
+    if cfg.load:
+        sae = SparseAutoencoder.load(cfg.load)
+        if cfg.k or cfg.l1 is not None:
+            sae.k = cfg.k  # it goes on in the way that is asked for
+    else:
+        sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k)
+    size = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}; the hook has d_in {buffer.d_in}"
+    require(sae.d_in == buffer.d_in and cfg.d_sae in (None, sae.d_sae), size)
+    require((sae.k or 0) <= sae.d_sae, f"--k {sae.k}: {size}")
+    for i in cfg.features:
+        require(0 <= i < sae.d_sae, f"--features {i}: they are 0 to {sae.d_sae - 1}")
+
+    sae.to(device)
+    done = train(cfg, sae, buffer) if cfg.steps else 0
+    if RANK == 0:
+        if cfg.steps == 0:
+            sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)
         metrics, frequency = evaluate(model, cfg.hook, sae, rows)
-        metrics |= dict(steps=done, tokens=done * cfg.batch_size * share[1], seconds=time() - began)
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        report(model, cfg.hook, sae, rows, document, metrics, frequency, out / "report.html", shown)
+        tokens = done * cfg.batch_size * WORLD_SIZE
+        metrics.update(steps=done, tokens=tokens, seconds=time() - began)
+        Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
+        title = f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {sae.d_sae} features, {done} steps"
+        path = Path(cfg.out, "report.html")
+        report(model, cfg.hook, sae, rows, metrics, frequency, title, path, cfg.features)
 
 def main(argv=None):
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"sae.py: {message}\n")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # characters that it cannot print
     try:
-        run(Config(**vars(parser.parse_args(argv))))
-    except (OSError, ValueError) as error:  # what the user can put right; bugs show their traceback
-        parser.exit(2, f"sae.py: {' '.join(str(error).split())}\n")
+        run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
+    except (OSError, ValueError) as error:  # what a user can put right
+        print("sae.py:", *str(error).split(), file=sys.stderr)  # on one line
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()
