@@ -2,9 +2,10 @@
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
 Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` explains the MLP of tiny-1l, a
-small transformer that lies beside this file. After TODO minutes on two CPU cores it ends
+small transformer that lies beside this file. After three minutes on two CPU cores it ends
 
-    TODO
+    loss_recovered 0.9772   ce 3.137   ce_sae 3.271   ce_zero 9.001   ce_mean 7.915
+    l0 43.63   fvu 0.1307   dead 0.0005   decoder norms 0.9999999 to 1.0000001
 
 `python sae.py --model gelu-1l --steps 100000` is the first replication's run.
 
@@ -49,6 +50,12 @@ def require(condition, message):
 
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # NeelNanda/sparse_autoencoder on the Hub
 
+# torchrun starts this file several times and tells each process which of how many it is.
+# Each reads rows of its own into a buffer of its own; `average` and `share` (section 9)
+# keep their SAEs the same.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
 # ---- 1. Config: every field is a flag, and the comment behind it is its help ---------
 
 @dataclass
@@ -85,7 +92,8 @@ class Config:
         require(not self.k or self.l1 is None, "--k stands in for --l1: give one of them")
         if self.steps == 0:
             only_load = self.load and not (self.k or self.l1 or self.lr or self.resume)
-            require(only_load, "--steps 0 measures --load; --k, --l1, --lr, --resume train")
+            require(only_load, "--steps 0 only measures: it needs --load, and none of --k, "
+                    "--l1, --lr, --resume")
 
         # Defaults that follow from something else.
         if self.load in PUBLISHED and self.model == "tiny-1l":
@@ -158,23 +166,26 @@ def all_rows(dataset, tokenizer, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
         else:  # an empty example is passed over
             found = {"text", "tokens", "input_ids"}.intersection(example)
-            require(found, f"--dataset {dataset}: no text or tokens among {list(example)}")
+            require(found, f"no column text or tokens, but {list(example)}")
 
 # Needs: all_rows, and what that needs.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False, part=0, parts=1):
     """Yields rows to train on, without end. Or those that are held out, every 32nd, once.
 
-    Process `part` of `parts` (torchrun) trains on one group of 31 in every `parts`."""
+    Rows come in groups of 32: the one held out, and 31 for one of the `parts` processes."""
     while True:
         found = False
-        for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-            if held_out:
-                wanted = n % 32 == 0
-            else:
-                wanted = n % 32 > 0 and n // 32 % parts == part
-            if wanted:
-                found = True
-                yield row
+        try:
+            for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
+                if held_out:
+                    wanted = n % 32 == 0
+                else:
+                    wanted = n % 32 > 0 and n // 32 % parts == part
+                if wanted:
+                    found = True
+                    yield row
+        except Exception as error:  # of many kinds: files, the network, their libraries
+            raise ValueError(f"--dataset {dataset}: {error}") from error
         if held_out:
             return
         require(found, f"--dataset {dataset}: too short to make rows of, or empty")
@@ -263,7 +274,7 @@ class ActivationBuffer:
 
 # ---- 5. The autoencoder --------------------------------------------------------------
 
-# Needs: torch, F. (save and load are in room 9, with what they need.)
+# Needs: torch, F. (save and load are in section 9, with what they need.)
 class SparseAutoencoder(torch.nn.Module):
     """Writes x as a sum of a few out of d_sae directions.
 
@@ -290,8 +301,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # (x - b_dec) @ W_enc + b_enc, but b_dec gets its gradient through a vector, `zero`,
-        # and not through the matrix x - b_dec: that saves one of six large matrix products.
+        # The value is (x - b_dec) @ W_enc + b_enc. Only the way back differs: the gradient of
+        # b_dec is taken through `zero`, one vector whose value is 0, and not through the
+        # [batch, d_in] matrix x - b_dec. That saves one of six large matrix products.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         return (x - b_dec) @ self.W_enc + (self.b_enc + zero)  # [..., d_sae]
@@ -423,8 +435,8 @@ def train(cfg, sae, buffer):
         else:
             sae.b_dec.data = x.mean(0)
 
-    # Measured (README): the best rate falls with the number of features and, in long runs,
-    # with their length; for the same L0, L1 then has to rise.
+    # Found by trial (README, Numbers): the best rate falls with the number of features and,
+    # in long runs, with their length; to end at the same L0, L1 then has to rise.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = 0.07 * length * longer ** (1 / 5) if cfg.l1 is None else cfg.l1
@@ -456,7 +468,8 @@ def train(cfg, sae, buffer):
             sae.project_gradient()
             adam.step()
             sae.normalize()
-            silent = torch.where(sae.b_enc.grad == 0, silent + 1, 0)  # in all processes
+            fired = sae.b_enc.grad != 0  # [d_sae], in any of the processes
+            silent = torch.where(fired, 0, silent + 1)
             adam.zero_grad()
             done = step + 1
 
@@ -577,7 +590,8 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
 
     # The paper's histogram of feature densities: four bars to a power of ten.
     page.print("How many features fire on this share of the tokens, and up to the next")
-    counts = frequency[frequency > 0].log10().histc(20, min=-5, max=0).int().tolist()
+    exponents = frequency[frequency > 0].log10().clamp(min=-5)
+    counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
         bar = "█" * round(60 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
@@ -699,12 +713,6 @@ def load_checkpoint(cfg, sae, adam):
     tqdm.write(f"{state['done']} of {cfg.steps} steps are done", file=sys.stderr)
     return state["done"], state["length"], state["silent"].to(sae.b_enc.device)
 
-# torchrun starts this file several times and tells each process which of how many it is.
-# Each reads rows of its own into a buffer of its own; gradients are averaged, and what the
-# first one draws at random is what all use.
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
 def start(device):
     """-> the device of this process, once it has met the others."""
     if WORLD_SIZE > 1:
@@ -737,7 +745,7 @@ def run(cfg):
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     device = start(cfg.device)
-    other = Path(cfg.out).resolve() != Path(cfg.load or "").resolve()
+    other = not cfg.load or Path(cfg.out).resolve() != Path(cfg.load).resolve()
     require(other, f"--out {cfg.out} is what --load reads: give another folder")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
@@ -794,6 +802,8 @@ def main(argv=None):
     except (OSError, ValueError) as error:  # what a user can put right
         print("sae.py:", *str(error).split(), file=sys.stderr)  # on one line
         sys.exit(2)
+    except KeyboardInterrupt:  # not in the training steps: nothing to save
+        sys.exit("sae.py: stopped")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
