@@ -1,18 +1,18 @@
 """sae.py: train a sparse autoencoder (SAE) on a language model's activations.
 
-After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
-Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` explains the MLP of tiny-1l, a
-small transformer that lies beside this file. After three minutes on two CPU cores it ends
+After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
+Neel Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` explains the MLP of
+tiny-1l, a small transformer that comes along. After three minutes on two CPU cores:
 
     loss_recovered 0.9772   ce 3.137   ce_sae 3.271   ce_zero 9.001   ce_mean 7.915
     l0 43.63   fvu 0.1307   dead 0.0005   decoder norms 0.9999999 to 1.0000001
 
 `python sae.py --model gelu-1l --steps 100000` is the first replication's run.
 
-The sections follow the data, from top to bottom. 4 to 6 are the SAE: start there, and copy
-from there. The others feed it, measure it and keep it: 1 Config, 2 Data, 3 Language model,
-[4 Activation buffer, 5 Autoencoder, 6 Training], 7 Evaluation, 8 Looking, 9 Plumbing (skip
-it on a first reading), main.
+The sections follow the data, from top to bottom. 4 to 6 are the SAE: what people copy. The
+others feed it, measure it and keep it: 1 Config, 2 Data, 3 Language model, [4 Activation
+buffer, 5 Autoencoder, 6 Training], 7 Evaluation, 8 Looking, 9 Plumbing (to be skipped on a
+first reading), main.
 """
 
 import glob
@@ -44,15 +44,14 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 def require(condition, message):
-    """For errors that a user can put right: main() prints the message, without traceback."""
+    """For errors that a user can put right: main() prints the message, no traceback."""
     if not condition:
         raise ValueError(message)
 
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # NeelNanda/sparse_autoencoder on the Hub
 
-# torchrun starts this file several times and tells each process which of how many it is.
-# Each reads rows of its own into a buffer of its own; `average` and `share` (section 9)
-# keep their SAEs the same.
+# torchrun starts this file several times and tells each process which of how many it
+# is. Each reads rows of its own; `average` and `share` (section 9) keep the SAEs the same.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -62,12 +61,12 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
     hook: str = "blocks.0.mlp.hook_post"  # which activations, in TransformerLens's words
-    dataset: str | None = None  # stdlib, file, folder, 'glob*', HUB_NAME[:SUBSET[:SPLIT]]
+    dataset: str | None = None  # stdlib, file, folder, 'glob*', NAME[:SUBSET[:SPLIT]]
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, the paper's A/1
-    l1: float | None = None  # weight of the L1 term; by default it follows the length of x
+    l1: float | None = None  # weight of the L1 term; by default it follows x's length
     k: int | None = None  # features per token, on average: BatchTopK, in place of L1
 
     steps: int = 1000  # training steps; 0 only measures what --load names
@@ -78,7 +77,7 @@ class Config:
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
 
     out: str | None = None  # folder for what is written; by default runs/MODEL/HOOK
-    save_every: int | None = None  # steps between saves; default: steps / 20, at least 500
+    save_every: int | None = None  # steps between saves; by default steps / 20, >= 500
     resume: bool = False  # go on from what --out holds; give the same flags again
     load: str | None = None  # begin with this SAE: run1, run2, a folder or a .pt file
     features: tuple[int, ...] = ()  # which to report, as in 12 34 56; by default twenty
@@ -89,7 +88,7 @@ class Config:
             if type(value) in (int, float):
                 in_range = least.get(name, 1e-9) <= value < math.inf  # False for nan
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
-        require(not self.k or self.l1 is None, "--k stands in for --l1: give one of them")
+        require(not self.k or self.l1 is None, "--k stands in for --l1: give one")
         if self.steps == 0:
             only_load = self.load and not (self.k or self.l1 or self.lr or self.resume)
             require(only_load, "--steps 0 only measures: it needs --load, and none of --k, "
@@ -103,9 +102,12 @@ class Config:
         self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
         self.save_every = self.save_every or max(500, self.steps // 20)
         if self.out is None:
-            name = f"from-{self.load}" if self.load else self.model
-            hook = f"{self.hook}-k{self.k}" if self.k else self.hook
-            self.out = f"runs/{name.replace('/', '-')}/{hook}"
+            name = self.model
+            if self.load:
+                name = f"from-{self.load}"
+            self.out = f"runs/{name.replace('/', '-')}/{self.hook}"
+            if self.k:
+                self.out += f"-k{self.k}"
 
 # ---- 2. Data: text, or ready-made tokens, to rows of tokens --------------------------
 
@@ -121,7 +123,8 @@ def read_files(files):
         try:
             if loader_of(file):
                 name = glob.escape(file)  # or a [1] in it would be a pattern
-                yield from load_dataset(loader_of(file), data_files=name, streaming=True)["train"]
+                splits = load_dataset(loader_of(file), data_files=name, streaming=True)
+                yield from splits["train"]
             else:
                 yield {"text": Path(file).read_text(encoding="utf-8", errors="replace")}
         except Exception as error:  # which of 5,000 files was it?
@@ -138,16 +141,16 @@ def open_dataset(name):
         path = glob.escape(path)
     files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
     if not files:
-        name, subset, split = (name + "::").split(":")[:3]  # "a" is "a::", all of them ""
+        name, subset, split = (name + "::").split(":")[:3]  # "" if unsaid
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
     files = list(filter(loader_of, files)) or files  # a README beside tables is not data
     return IterableDataset.from_generator(read_files, gen_kwargs={"files": files})
 
 def all_rows(dataset, tokenizer, seq_len):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, always in the same order.
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order always.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
-    first replication: 1,024 into 8 x 128, with BOS in place of each piece's first token."""
+    first replication: 1,024 into 8 x 128, BOS in the place of each piece's first token."""
     eos = tokenizer.eos_token_id
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     require(eos is not None, "the tokenizer has no EOS")
@@ -156,7 +159,7 @@ def all_rows(dataset, tokenizer, seq_len):
         text = example.get("text")
         tokens = example.get("tokens", example.get("input_ids"))
         if isinstance(text, str):
-            # Text that *writes* <|endoftext|> must not become that token: it is split, too.
+            # Text that *writes* <|endoftext|> must not become that token: split it.
             ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             packed.extend(ids["input_ids"] + [eos])
             while len(packed) >= seq_len - 1:
@@ -170,9 +173,9 @@ def all_rows(dataset, tokenizer, seq_len):
 
 # Needs: all_rows, and what that needs.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False, part=0, parts=1):
-    """Yields rows to train on, without end. Or those that are held out, every 32nd, once.
+    """Yields rows to train on, without end. Or those held out, every 32nd, each once.
 
-    Rows come in groups of 32: the one held out, and 31 for one of the `parts` processes."""
+    Rows come in groups of 32: one is held out, 31 are for one of the processes."""
     while True:
         found = False
         try:
@@ -194,11 +197,13 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False, part=0, parts=1)
 
 def load_model(name, device="cpu"):
     """A frozen TransformerBridge. On a GPU in bfloat16: half the memory, and faster."""
-    dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
+    dtype = torch.float32
+    if "cuda" in str(device):
+        dtype = torch.bfloat16
     boot = TransformerBridge.boot_transformers
     if name == "gelu-1l":
         name = "NeelNanda/GELU_1L512W_C4_Code"
-        boot = TransformerBridge.boot_tl_legacy  # it was saved by an early TransformerLens
+        boot = TransformerBridge.boot_tl_legacy  # from an early TransformerLens
     elif name == "tiny-1l":
         name = str(Path(__file__).parent / "assets" / "tiny-1l")
         require(os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another")
@@ -239,29 +244,32 @@ class ActivationBuffer:
         self.get_activations = get_activations
         self.rows = rows
         self.batch_size = batch_size
-        self.rows_at_once = 128 if "cuda" in str(device) else 16  # 16 suit a CPU's cache
         probe = get_activations(torch.tensor([next(rows)], device=device))
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows: it stays out
         self.d_in = probe.shape[2]
+        self.rows_at_once = 16  # suits a CPU's cache
+        dtype = torch.float32
+        if probe.is_cuda:
+            self.rows_at_once = 128
+            dtype = torch.bfloat16
 
-        # Nothing in `store` ever moves: to shuffle it, one would need it twice. Instead,
+        # Nothing in `store` ever moves: to shuffle it would take its memory twice. Instead
         # `order` is shuffled, the order of serving. Its first `served` entries have been
         # served and may be overwritten: to begin with, all of them.
-        dtype = torch.bfloat16 if probe.is_cuda else torch.float32
         size = n_batches * batch_size
-        self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)  # [size, d_in]
+        self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)  # [size]
         self.served = size
 
     @torch.no_grad()
     def refill(self):
-        """Overwrites what has been served, and only that, in place. Draws a new order."""
+        """Overwrites what has been served, and only that, in place; draws a new order."""
         for slots in self.order[:self.served].split(self.rows_at_once * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
-            self.store[slots] = act[:len(slots)].to(self.store.dtype)  # the surplus is lost
+            self.store[slots] = act[:len(slots)].to(self.store.dtype)  # to fit
         self.order = torch.randperm(len(self.store)).to(self.order.device)
         self.served = 0
 
@@ -282,10 +290,10 @@ class SparseAutoencoder(torch.nn.Module):
         f     = pre where pre > threshold, else 0    [batch, d_sae], most of it 0
         x_hat = f @ W_dec + b_dec                    [batch, d_in]
 
-    Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is in
-    x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
+    Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
+    in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
     With k, the threshold rises until only k features per token pass it, on average:
-    BatchTopK (Bussmann et al. 2024)."""
+    BatchTopK (Bussmann et al. 2024), trained with the threshold that it is used with."""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -294,19 +302,21 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. Many fire; 0.3 keeps their sum near x.
+        # A feature begins by reading what it writes, at 0.3, for many of them fire at first.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # The value is (x - b_dec) @ W_enc + b_enc. Only the way back differs: the gradient of
-        # b_dec is taken through `zero`, one vector whose value is 0, and not through the
+        # The value is (x - b_dec) @ W_enc + b_enc. Only the way back differs: the gradient
+        # of b_dec is taken through `zero`, one vector whose value is 0, and not through the
         # [batch, d_in] matrix x - b_dec. That saves one of six large matrix products.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
-        return (x - b_dec) @ self.W_enc + (self.b_enc + zero)  # [..., d_sae]
+        pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
+        pre += self.b_enc + zero  # in place: it is the largest matrix of a step
+        return pre
 
     def encode(self, x):
         pre = self.pre_activations(x)
@@ -331,8 +341,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Towards the value that k features per token of x [n, d_in] pass: by a tenth, for
-        one batch is noisy. The SAE is trained with the threshold that it will be used with."""
+        """Towards the value that k features per token of x [n, d_in] pass; by a tenth, for
+        one batch is noisy."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n]
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -349,8 +359,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def normalize(self):
-        """After step(): a step at a right angle to a row still lengthens it (Pythagoras), so
-        all rows are brought back to length 1. The first replication lacked this half,
+        """After step(): a step at a right angle to a row lengthens it (Pythagoras), so all
+        rows are brought back to length 1. The first replication lacked this half,
         then had it before step(): all that was evaluated or saved was one step off."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
@@ -380,9 +390,11 @@ def resample(sae, adam, dead, x):
     drawn = torch.multinomial(weight, int(dead.sum()), replacement=True)
     direction = F.normalize(error[drawn], dim=-1)  # [n_dead, d_in]
 
-    # A feature writes what was missing, and reads what it writes. Its encoder is short, 0.2
-    # of the others' mean length (the paper's). With k it would then never pass the threshold.
-    length = 1.0 if sae.k else 0.2
+    # A feature writes what was missing, and reads what it writes. Its encoder is short,
+    # 0.2 of the others' mean length (the paper's), but with k it has to pass a threshold.
+    length = 0.2
+    if sae.k:
+        length = 1.0
     if not dead.all():
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[dead] = direction
@@ -548,8 +560,8 @@ def evaluate(model, hook, sae, rows):
 # ---- 8. Looking: what features fire on, and what they do -----------------------------
 
 def visible(tokenizer, tokens):
-    """Tokens as strings in which spaces are seen. Where a character (語, an emoji) is several
-    tokens long, the last one shows it, and the ones before show as "…"."""
+    """Tokens as strings in which spaces are seen. Where a character (語, an emoji) is
+    several tokens long, the last one shows it, and the ones before show as "…"."""
     strings = []
     begun = []
     for token in tokens:
@@ -596,7 +608,7 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
         bar = "█" * round(60 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
-    # By default twenty features, evenly from rare to frequent, that fired ten times or more.
+    # By default twenty features, evenly from rare to frequent, that fired ten times.
     if not chosen:
         often = frequency.argsort()[(frequency * rows[:, 1:].numel() < 9.5).sum():]
         spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
@@ -622,7 +634,9 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
             for pos in range(start, min(start + 20, len(strings))):
                 level = f_i[row, pos] / peaks[row]
                 tint = 255 - int(150 * level)  # black on it: for light and dark windows
-                style = f"#000000 on rgb(255,{tint},{tint // 2})" if level > 0 else ""
+                style = ""
+                if level > 0:
+                    style = f"#000000 on rgb(255,{tint},{tint // 2})"
                 line.append(strings[pos], style)
             page.print(line, no_wrap=True, overflow="ellipsis")
 
@@ -656,7 +670,7 @@ def save_sae(sae, folder, **metadata):
     Path(folder, "cfg.json").write_text(json.dumps(cfg))
     write(Path(folder, "sae_weights.safetensors"), save_file, weights)
 
-# What SAELens may say of an SAE. Where it says something else, numbers would be wrong here.
+# What SAELens may say of an SAE. Where it says something else, numbers would be wrong.
 COMPUTED = dict(
     normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True,
     rescale_acts_by_decoder_norm=False, finetuning_scaling_factor=False,
@@ -752,7 +766,7 @@ def run(cfg):
     # The language model, and what has to fit it.
     model = load_model(cfg.model, device)
     near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
-    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: not there, but {near} are")
+    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: not there; {near} are")
     most = model.cfg.n_ctx
     require(cfg.seq_len <= most, f"--seq-len {cfg.seq_len}: {cfg.model} reads {most} tokens")
 
@@ -781,10 +795,12 @@ def run(cfg):
         require(0 <= i < sae.d_sae, f"--features {i}: they are 0 to {sae.d_sae - 1}")
 
     sae.to(device)
-    done = train(cfg, sae, buffer) if cfg.steps else 0
+    done = 0
+    if cfg.steps:
+        done = train(cfg, sae, buffer)
+    elif RANK == 0:
+        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)
     if RANK == 0:
-        if cfg.steps == 0:
-            sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)
         metrics, frequency = evaluate(model, cfg.hook, sae, rows)
         tokens = done * cfg.batch_size * WORLD_SIZE
         metrics.update(steps=done, tokens=tokens, seconds=time() - began)
