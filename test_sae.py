@@ -596,6 +596,20 @@ def test_ctrl_c_and_data_that_breaks_off_keep_what_there_is(error, tmp_path):
     torch.testing.assert_close(saved.state_dict(), sae.state_dict(), rtol=0, atol=0)
     assert not torch.allclose(saved.W_enc, make_sae().W_enc)
 
+def test_a_run_that_fails_before_its_first_step_leaves_what_the_folder_held(tmp_path):
+    make_sae().save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    points = at_call(2, Points(torch.randn(64, 16)), lambda: throw(ValueError("no such file")))
+    with pytest.raises(ValueError, match="no such file"):
+        S.train(S.Config(steps=200, l1=0.1, out=str(tmp_path)), make_sae(), points)
+    after = {name: (tmp_path / name).read_bytes() for name in before}
+    assert after == before and not (tmp_path / "resume.pt").exists()
+
+def test_a_run_with_k_that_is_stopped_early_is_saved_with_k_itself(tmp_path):
+    points = at_call(20, Points(torch.randn(64, 16)), lambda: throw(KeyboardInterrupt()))
+    S.train(S.Config(steps=200, k=3, out=str(tmp_path)), make_sae(3), points)
+    assert S.SparseAutoencoder.load(tmp_path).k == 3, "and not 8 times k, as in its first half"
+
 def test_a_kill_in_the_middle_of_a_save_leaves_the_old_files(tmp_path, monkeypatch):
     saved = []
 
