@@ -507,7 +507,7 @@ def train(cfg, sae, buffer):
         pass  # what there is is saved, measured and shown
     finally:  # saved, too, where an error ends the run: a file that cannot be read, say
         sae.normalize()
-        if RANK == 0 and loss.isfinite():
+        if RANK == 0 and done > 0 and loss.isfinite():
             save_checkpoint(cfg, sae, adam, done, length, silent)
     return done
 
