@@ -649,11 +649,12 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
 
 def write(path, save, thing):
     """All or nothing: after a crash, or on a full disk, the old file is still there."""
+    part = f"{path}.part{os.getpid()}"  # of this run, should two write into one folder
     try:
-        save(thing, f"{path}.part")
+        save(thing, part)
     except Exception as error:  # torch and safetensors have their own for a full disk
         raise OSError(f"{path}: not written: {error}") from error
-    os.replace(f"{path}.part", path)
+    os.replace(part, path)
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens reads, too: SAE.load_from_disk(folder)"""
