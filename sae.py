@@ -7,7 +7,7 @@ tiny-1l, a small transformer that comes along. After three minutes on two CPU co
     loss_recovered 0.9772   ce 3.137   ce_sae 3.271   ce_zero 9.001   ce_mean 7.915
     l0 43.63   fvu 0.1307   dead 0.0005   decoder norms 0.9999999 to 1.0000001
 
-`python sae.py --model gelu-1l --steps 100000` is the first replication's run.
+`python sae.py --model gelu-1l --steps 100000`: the first replication's model and data.
 
 The sections follow the data, from top to bottom. 4 to 6 are the SAE: what people copy. The
 others feed it, measure it and keep it: 1 Config, 2 Data, 3 Language model, [4 Activation
@@ -269,7 +269,7 @@ class ActivationBuffer:
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
-            self.store[slots] = act[:len(slots)].to(self.store.dtype)  # to fit
+            self.store[slots] = act[:len(slots)].to(self.store.dtype)  # the last row is cut
         self.order = torch.randperm(len(self.store)).to(self.order.device)
         self.served = 0
 
@@ -302,11 +302,12 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes, at 0.3, for many of them fire at first.
+        # A feature begins by reading what it writes. Half of them fire at first: at 0.3,
+        # and with 8 features for each of x's numbers, they add up to about x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))
+        self.register_buffer("threshold", torch.zeros(d_sae))  # here all of them the same
 
     def pre_activations(self, x):
         # The value is (x - b_dec) @ W_enc + b_enc. Only the way back differs: the gradient
@@ -320,10 +321,10 @@ class SparseAutoencoder(torch.nn.Module):
 
     def encode(self, x):
         pre = self.pre_activations(x)
-        return pre.masked_fill(pre <= self.threshold, 0.0)         # f [..., d_sae]
+        return pre.masked_fill(pre <= self.threshold, 0.0)  # f [..., d_sae]
 
     def decode(self, f):
-        return f @ self.W_dec + self.b_dec                         # x_hat [..., d_in]
+        return f @ self.W_dec + self.b_dec  # x_hat [..., d_in]
 
     def forward(self, x):
         f = self.encode(x)
@@ -447,8 +448,8 @@ def train(cfg, sae, buffer):
         else:
             sae.b_dec.data = x.mean(0)
 
-    # Found by trial (README, Numbers): the best rate falls with the number of features and,
-    # in long runs, with their length; to end at the same L0, L1 then has to rise.
+    # Found by trial: the best rate falls with the number of features and, in long runs,
+    # with their length; to end at the same L0, L1 then has to rise. (README: how well tried.)
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = 0.07 * length * longer ** (1 / 5) if cfg.l1 is None else cfg.l1
@@ -506,7 +507,7 @@ def train(cfg, sae, buffer):
     except KeyboardInterrupt:
         pass  # what there is is saved, measured and shown
     finally:  # saved, too, where an error ends the run: a file that cannot be read, say
-        sae.normalize()
+        sae.normalize()  # Ctrl-C may have come between step and normalize
         if RANK == 0 and done > 0 and loss.isfinite():
             save_checkpoint(cfg, sae, adam, done, length, silent)
     return done
