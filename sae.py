@@ -2,17 +2,14 @@
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
 Neel Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` explains the MLP of
-tiny-1l, a small transformer that comes along. After three minutes on two CPU cores:
+tiny-1l, a small transformer in this repository. After three minutes on two CPU cores:
 
     loss_recovered 0.9772   ce 3.137   ce_sae 3.271   ce_zero 9.001   ce_mean 7.915
     l0 43.63   fvu 0.1307   dead 0.0005   decoder norms 0.9999999 to 1.0000001
 
-`python sae.py --model gelu-1l --steps 100000`: the first replication's model and data.
-
-The sections follow the data, from top to bottom. 4 to 6 are the SAE: what people copy. The
-others feed it, measure it and keep it: 1 Config, 2 Data, 3 Language model, [4 Activation
-buffer, 5 Autoencoder, 6 Training], 7 Evaluation, 8 Looking, 9 Plumbing (to be skipped on a
-first reading), main.
+The sections are in the order in which data flows; 4 to 6 are the SAE, what people copy:
+1 Config, 2 Data, 3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training,
+7 Evaluation, 8 Looking at features, 9 Saving and loading (skip it at first), main.
 """
 
 import glob
@@ -21,9 +18,8 @@ import math
 import os
 import sys
 import sysconfig
-from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from difflib import get_close_matches
 from io import StringIO
 from itertools import islice
@@ -31,10 +27,9 @@ from pathlib import Path
 from time import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from datasets import IterableDataset, load_dataset
+from datasets import load_dataset
 from einops import rearrange
 from huggingface_hub import hf_hub_download
 from rich.console import Console
@@ -44,166 +39,138 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 def require(condition, message):
-    """For errors that a user can put right: main() prints the message, no traceback."""
+    """For what a user can put right: main() prints the message without a traceback."""
     if not condition:
         raise ValueError(message)
 
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # NeelNanda/sparse_autoencoder on the Hub
+@contextmanager
+def blame(what):
+    """Puts the flag or file that is to blame in front of an error from inside a library."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {error}") from error
 
-# torchrun starts this file several times and tells each process which of how many it
-# is. Each reads rows of its own; `average` and `share` (section 9) keep the SAEs the same.
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
-# ---- 1. Config: every field is a flag, and the comment behind it is its help ---------
+# ---- 1. Config: every field is a flag; its comment is the help text -----------------
 
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
     hook: str = "blocks.0.mlp.hook_post"  # which activations, in TransformerLens's words
-    dataset: str | None = None  # stdlib, file, folder, 'glob*', NAME[:SUBSET[:SPLIT]]
+    dataset: str = ""  # stdlib, file, folder, 'glob*', or NAME[:SUBSET[:SPLIT]] on the Hub
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
-    d_sae: int | None = None  # number of features; by default 8 x d_in, the paper's A/1
-    l1: float | None = None  # weight of the L1 term; by default it follows x's length
-    k: int | None = None  # features per token, on average: BatchTopK, in place of L1
+    d_sae: int | None = None  # number of features; by default 8 x d_in, as the paper's A/1
+    l1: float | None = None  # weight of the L1 term; by default from x's typical length
+    k: int | None = None  # features per token, on average (BatchTopK), in place of L1
 
-    steps: int = 1000  # training steps; 0 only measures what --load names
-    batch_size: int | None = None  # activations a step; by default 4096 (tiny-1l: 1024)
-    lr: float | None = None  # peak learning rate; by default it follows d_sae and steps
+    steps: int = 1000  # training steps; 0 only measures the SAE that --load names
+    batch_size: int = 1024  # activations a step (first replication: 4096)
+    lr: float | None = None  # peak learning rate; by default from d_sae and steps
     buffer: int = 64  # batches in the activation buffer (first replication: 384)
     seed: int = 0  # of the first weights and of the order of the activations
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
 
-    out: str | None = None  # folder for what is written; by default runs/MODEL/HOOK
-    save_every: int | None = None  # steps between saves; by default steps / 20, >= 500
+    out: str = ""  # folder for what is written; by default runs/MODEL/HOOK
+    save_every: int = 500  # steps between saves
     resume: bool = False  # go on from what --out holds; give the same flags again
-    load: str | None = None  # begin with this SAE: run1, run2, a folder or a .pt file
-    features: tuple[int, ...] = ()  # which to report, as in 12 34 56; by default twenty
+    load: str = ""  # start from this SAE: run1, run2, a folder or a .pt file
+    features: tuple[int, ...] = ()  # which to show, as in 12 34 56; by default twenty
 
     def __post_init__(self):
-        least = {"steps": 0, "l1": 0, "seed": 0, "seq_len": 2, "buffer": 2}
         for name, value in vars(self).items():
             if type(value) in (int, float):
-                in_range = least.get(name, 1e-9) <= value < math.inf  # False for nan
+                may_be_0 = name in ("steps", "l1", "seed")
+                in_range = 0 < value < math.inf or (value == 0 and may_be_0)
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
-        require(not self.k or self.l1 is None, "--k stands in for --l1: give one")
-        if self.steps == 0:
-            only_load = self.load and not (self.k or self.l1 or self.lr or self.resume)
-            require(only_load, "--steps 0 only measures: it needs --load, and none of --k, "
-                    "--l1, --lr, --resume")
+        require(self.seq_len > 1, "--seq-len 1 leaves no token but BOS")
+        require(self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load")
 
-        # Defaults that follow from something else.
-        if self.load in PUBLISHED and self.model == "tiny-1l":
-            self.model = "gelu-1l"
+        # Defaults that follow from other flags.
         usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or usual.get(self.model, "monology/pile-uncopyrighted")
-        self.batch_size = self.batch_size or (1024 if self.model == "tiny-1l" else 4096)
-        self.save_every = self.save_every or max(500, self.steps // 20)
-        if self.out is None:
-            name = self.model
-            if self.load:
-                name = f"from-{self.load}"
-            self.out = f"runs/{name.replace('/', '-')}/{self.hook}"
+        if not self.out:
+            self.out = f"runs/{Path(self.model).name}/{self.hook}"
             if self.k:
                 self.out += f"-k{self.k}"
+            if self.load:
+                self.out += f"-from-{Path(self.load).name}"
 
 # ---- 2. Data: text, or ready-made tokens, to rows of tokens --------------------------
 
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-def loader_of(file):
-    """Which of datasets' loaders reads it (a.jsonl.zst is a .jsonl); None: it is text."""
-    return next((TABLES[end] for end in Path(file).suffixes if end in TABLES), None)
-
-def read_files(files):
-    """Yields the examples that a file holds, or the file as one text."""
-    for file in files:
-        try:
-            if loader_of(file):
-                name = glob.escape(file)  # or a [1] in it would be a pattern
-                splits = load_dataset(loader_of(file), data_files=name, streaming=True)
-                yield from splits["train"]
-            else:
-                yield {"text": Path(file).read_text(encoding="utf-8", errors="replace")}
-        except Exception as error:  # which of 5,000 files was it?
-            raise ValueError(f"{file}: {error}") from error
-
 def open_dataset(name):
-    """A stream of examples (dicts): from files, or from the Hub. See Config.dataset."""
-    path = os.path.expanduser(name)
+    """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
+    pattern = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
-        path = sysconfig.get_path("stdlib") + "/*.py"
-    elif os.path.isdir(path):
-        path = glob.escape(path) + "/**"
-    elif os.path.isfile(path):
-        path = glob.escape(path)
-    files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        pattern = sysconfig.get_path("stdlib") + "/*.py"
+    elif os.path.exists(pattern):
+        pattern = glob.escape(pattern) + ("/**" if os.path.isdir(pattern) else "")
+    files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    files = [glob.escape(file) for file in files]  # load_dataset takes patterns, too
     if not files:
-        name, subset, split = (name + "::").split(":")[:3]  # "" if unsaid
+        name, subset, split = (name + "::").split(":")[:3]  # "a:b" -> "a", "b", ""
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
-    files = list(filter(loader_of, files)) or files  # a README beside tables is not data
-    return IterableDataset.from_generator(read_files, gen_kwargs={"files": files})
+
+    tables = [file for file in files if Path(file).suffix in TABLES]
+    if tables:  # a README beside them is not data
+        kind = TABLES[Path(tables[0]).suffix]
+        return load_dataset(kind, data_files=tables, split="train", streaming=True)
+    return load_dataset("text", data_files=files, split="train", streaming=True,
+                        sample_by="document", encoding_errors="replace")
 
 def all_rows(dataset, tokenizer, seq_len):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order always.
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, always in the same order.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
-    first replication: 1,024 into 8 x 128, BOS in the place of each piece's first token."""
+    first replication: 1,024 into 8 x 128, the first token of each overwritten by BOS."""
     eos = tokenizer.eos_token_id
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     require(eos is not None, "the tokenizer has no EOS")
-    packed = deque()
+    packed = []
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
-        text = example.get("text")
-        tokens = example.get("tokens", example.get("input_ids"))
-        if isinstance(text, str):
-            # Text that *writes* <|endoftext|> must not become that token: split it.
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            packed.extend(ids["input_ids"] + [eos])
-            while len(packed) >= seq_len - 1:
-                yield [bos] + [packed.popleft() for _ in range(seq_len - 1)]
+        tokens = example.get("tokens") or example.get("input_ids")
+        if isinstance(example.get("text"), str):
+            # A text that contains the characters <|endoftext|> must not become that token.
+            ids = tokenizer(example["text"], add_special_tokens=False,
+                            split_special_tokens=True)["input_ids"]
+            packed += ids + [eos]
+            start = 0
+            while len(packed) - start >= seq_len - 1:
+                yield [bos] + packed[start:start + seq_len - 1]
+                start += seq_len - 1
+            packed = packed[start:]
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
-        else:  # an empty example is passed over
+        else:  # an empty example is skipped, but a column has to be there
             found = {"text", "tokens", "input_ids"}.intersection(example)
             require(found, f"no column text or tokens, but {list(example)}")
 
-# Needs: all_rows, and what that needs.
-def token_rows(dataset, tokenizer, seq_len=128, held_out=False, part=0, parts=1):
-    """Yields rows to train on, without end. Or those held out, every 32nd, each once.
-
-    Rows come in groups of 32: one is held out, 31 are for one of the processes."""
+# Needs: all_rows, blame, require, and what all_rows needs.
+def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
+    """Yields rows to train on, for ever; or, once, those that are held out: every 32nd."""
     while True:
-        found = False
-        try:
+        n = 0
+        with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                if held_out:
-                    wanted = n % 32 == 0
-                else:
-                    wanted = n % 32 > 0 and n // 32 % parts == part
-                if wanted:
-                    found = True
+                if (n % 32 == 0) == held_out:
                     yield row
-        except Exception as error:  # of many kinds: files, the network, their libraries
-            raise ValueError(f"--dataset {dataset}: {error}") from error
+            require(n > 0, "too short to make rows of, or empty")
         if held_out:
             return
-        require(found, f"--dataset {dataset}: too short to make rows of, or empty")
 
 # ---- 3. The language model -----------------------------------------------------------
 
 def load_model(name, device="cpu"):
     """A frozen TransformerBridge. On a GPU in bfloat16: half the memory, and faster."""
-    dtype = torch.float32
-    if "cuda" in str(device):
-        dtype = torch.bfloat16
+    dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
     boot = TransformerBridge.boot_transformers
     if name == "gelu-1l":
         name = "NeelNanda/GELU_1L512W_C4_Code"
-        boot = TransformerBridge.boot_tl_legacy  # from an early TransformerLens
+        boot = TransformerBridge.boot_tl_legacy  # a checkpoint of an early TransformerLens
     elif name == "tiny-1l":
         name = str(Path(__file__).parent / "assets" / "tiny-1l")
         require(os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another")
@@ -217,7 +184,7 @@ class Reached(Exception):
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
     def stop(act, hook):
-        raise Reached(act)  # caught just below: the layers above are never computed
+        raise Reached(act)  # caught just below; the layers above are never computed
 
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
@@ -226,7 +193,7 @@ def get_activations(model, hook, tokens):
         act = reached.args[0]
     if act.shape[:2] != tokens.shape:
         raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
-    return act.flatten(2).float()  # the heads of attention, if any, stand side by side
+    return act.flatten(2).float()  # attention heads, if any, are concatenated
 
 # ---- 4. The activation buffer --------------------------------------------------------
 
@@ -235,7 +202,7 @@ class ActivationBuffer:
     """Serves activations [batch_size, d_in] in random order, each of them once.
 
     Those of one text are alike, and a gradient wants variety: a batch is drawn from all
-    over the buffer. Whenever half of it has been served, that half is filled anew.
+    over the buffer. When half of it has been served, that half is refilled.
 
     get_activations: from tokens [rows, seq_len] to activations [rows, seq_len, d_in]
     rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
@@ -245,21 +212,17 @@ class ActivationBuffer:
         self.rows = rows
         self.batch_size = batch_size
         probe = get_activations(torch.tensor([next(rows)], device=device))
-        self.per_row = probe.shape[1] - 1  # BOS is the same in all rows: it stays out
+        self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        self.rows_at_once = 16  # suits a CPU's cache
-        dtype = torch.float32
-        if probe.is_cuda:
-            self.rows_at_once = 128
-            dtype = torch.bfloat16
+        self.rows_at_once = 128 if probe.is_cuda else 16  # 16 suit a CPU's cache
+        dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves: to shuffle it would take its memory twice. Instead
-        # `order` is shuffled, the order of serving. Its first `served` entries have been
-        # served and may be overwritten: to begin with, all of them.
-        size = n_batches * batch_size
-        self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
-        self.order = torch.arange(size, device=device)  # [size]
-        self.served = size
+        # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
+        # `order` is a random permutation of its slots, the order in which they are served.
+        # order[:served] have been served and may be overwritten: at the start, all.
+        self.store = torch.empty(n_batches * batch_size, self.d_in, dtype=dtype, device=device)
+        self.order = torch.arange(len(self.store), device=device)  # [n_batches * batch]
+        self.served = len(self.store)
 
     @torch.no_grad()
     def refill(self):
@@ -274,7 +237,7 @@ class ActivationBuffer:
         self.served = 0
 
     def next(self):
-        if self.served > len(self.order) // 2:
+        if self.served >= len(self.order) // 2:
             self.refill()
         slots = self.order[self.served:self.served + self.batch_size]
         self.served += self.batch_size
@@ -284,7 +247,7 @@ class ActivationBuffer:
 
 # Needs: torch, F. (save and load are in section 9, with what they need.)
 class SparseAutoencoder(torch.nn.Module):
-    """Writes x as a sum of a few out of d_sae directions.
+    """Writes x as a sparse sum of d_sae directions.
 
         pre   = (x - b_dec) @ W_enc + b_enc          [batch, d_sae]
         f     = pre where pre > threshold, else 0    [batch, d_sae], most of it 0
@@ -292,8 +255,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average:
-    BatchTopK (Bussmann et al. 2024), trained with the threshold that it is used with."""
+    With k, the threshold rises until only k features per token pass it, on average. (That
+    is BatchTopK, Bussmann et al. 2024, but they keep the k x n largest of a batch in
+    training and set a threshold afterwards. Here one threshold does both.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -302,21 +266,21 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. Half of them fire at first: at 0.3,
-        # and with 8 features for each of x's numbers, they add up to about x.
+        # A feature begins by reading what it writes. Half of them fire at first, and then
+        # x_hat is about 0.3 * (d_sae / 2) / d_in * x: near x, for d_sae = 8 * d_in.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # here all of them the same
+        self.register_buffer("threshold", torch.zeros(d_sae))  # our own are all equal
 
     def pre_activations(self, x):
-        # The value is (x - b_dec) @ W_enc + b_enc. Only the way back differs: the gradient
-        # of b_dec is taken through `zero`, one vector whose value is 0, and not through the
-        # [batch, d_in] matrix x - b_dec. That saves one of six large matrix products.
+        """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
+        # b_dec is subtracted as a constant: through the matrix x - b_dec its gradient would
+        # cost one more large matrix product. It comes through `zero`, a vector of zeros.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
-        pre += self.b_enc + zero  # in place: it is the largest matrix of a step
+        pre += self.b_enc + zero  # in place, for this is the largest tensor of a step
         return pre
 
     def encode(self, x):
@@ -342,8 +306,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Towards the value that k features per token of x [n, d_in] pass; by a tenth, for
-        one batch is noisy."""
+        """Towards the value that k features per token of x [n, d_in] pass; a tenth of the
+        way, because one batch is noisy."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n]
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -354,7 +318,8 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def project_gradient(self):
         """Before step(): takes out the part of each row's gradient that could only change
-        the row's length. Left in, it would fill Adam's averages and bend later steps."""
+        the row's length. Left in, it would build up in Adam's moments and distort later
+        steps."""
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
 
@@ -364,15 +329,6 @@ class SparseAutoencoder(torch.nn.Module):
         rows are brought back to length 1. The first replication lacked this half,
         then had it before step(): all that was evaluated or saved was one step off."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
-
-    @torch.no_grad()
-    def move_lengths_to_encoder(self):
-        """Once, where training goes on from rows that are not of length 1 (SAELens): makes
-        them so and leaves x_hat as it is. normalize() alone would change it."""
-        length = self.W_dec.norm(dim=-1).clamp(min=1e-9)  # [d_sae]
-        self.W_dec /= length[:, None]
-        for tensor in (self.W_enc, self.b_enc, self.threshold):
-            tensor *= length
 
 # ---- 6. Training ---------------------------------------------------------------------
 
@@ -384,18 +340,17 @@ def resample(sae, adam, dead, x):
     x [n, d_in]: some thousands of examples."""
 
     # Draw examples by the square of their loss. None weighs more than 100 typical ones: a
-    # few tokens of a residual stream are huge, and all features would be copies of those.
+    # few tokens of a residual stream are huge, and would take every dead feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    weight = error.pow(2).sum(-1).pow(2)  # [n]
-    weight = weight.clamp(max=100 * weight.median()) + 1e-30
+    loss = error.pow(2).sum(-1)  # [n]
+    weight = loss.pow(2)
+    weight = weight.clamp(max=100 * weight.median()) + 1e-30  # never all 0
     drawn = torch.multinomial(weight, int(dead.sum()), replacement=True)
     direction = F.normalize(error[drawn], dim=-1)  # [n_dead, d_in]
 
-    # A feature writes what was missing, and reads what it writes. Its encoder is short,
-    # 0.2 of the others' mean length (the paper's), but with k it has to pass a threshold.
-    length = 0.2
-    if sae.k:
-        length = 1.0
+    # A feature writes what was missing, and reads what it writes. Its encoder has 0.2 of
+    # the others' mean length, as in the paper; with k all of it, to pass the threshold.
+    length = 1.0 if sae.k else 0.2
     if not dead.all():
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[dead] = direction
@@ -410,63 +365,64 @@ def resample(sae, adam, dead, x):
 
 def schedule(step, steps):
     """The factors of the learning rate, of the L1 weight and of k at this step."""
-    done = step / steps
+    progress = step / steps
 
-    # 1) Warm-up over a twentieth of the run, of the rate (Adam's averages are of few
-    #    gradients yet) and of L1 (at first every feature fires).
-    warm_up = min(1.0, 20 * done + 0.01)
+    # 1) Warm-up over a twentieth of the run: of the rate, because Adam's moments are averages
+    #    of few gradients yet, and of L1, because at first half of the features fire.
+    warm_up = min(1.0, 20 * progress + 0.01)
 
     # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
     #    half: it shrinks all f a bit, and now they recover.
-    decay = min(1.0, 5 * (1 - done))
+    decay = min(1.0, 5 * (1 - progress))
 
-    # 3) k begins at 8 times its value and is down to it by half of the run: features that
+    # 3) k falls from 8 k, geometrically, and is there by half of the run: features that
     #    would not have been among the k largest find a use first, and few of them die.
-    more = 8 ** max(0.0, 1 - 2 * done)
+    k_factor = 8 ** max(0.0, 1 - 2 * progress)
 
-    return warm_up * decay, warm_up * (1 + decay) / 2, more
+    return warm_up * decay, warm_up * (1 + decay) / 2, k_factor
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
+    # Adam moves each number by about its rate. Weights are pure numbers, but biases are as
+    # large as x's coordinates: they have a rate of their own (below).
     weights = {"params": [sae.W_enc, sae.W_dec]}
     biases = {"params": [sae.b_enc, sae.b_dec]}
     adam = torch.optim.Adam([weights, biases], betas=(0.9, 0.99), fused=True)
     if cfg.resume:
-        done, length, silent = load_checkpoint(cfg, sae, adam)
-        n_rows = done * cfg.batch_size // buffer.per_row
-        for _ in tqdm(range(n_rows), "passing over old rows", disable=RANK > 0):
+        done, length = load_checkpoint(cfg, sae, adam)
+        for _ in tqdm(range(done * cfg.batch_size // buffer.per_row), "skipping old rows"):
             next(buffer.rows)
     else:
         done = 0
-        silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
-        x = share(buffer.next())  # [batch, d_in]
+        x = buffer.next()  # [batch, d_in]
         length = (x - x.mean(0)).norm(dim=-1).median().item()  # typical: some are huge
         usable = 1e-5 * x.norm(dim=-1).median() < length < math.inf
         require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
         if cfg.load:
-            sae.move_lengths_to_encoder()
+            move_lengths_to_encoder(sae)
         else:
             sae.b_dec.data = x.mean(0)
 
-    # Found by trial: the best rate falls with the number of features and, in long runs,
-    # with their length; to end at the same L0, L1 then has to rise. (README: how well tried.)
+    # Found by trial (see the README): the best rate falls with the number of features and,
+    # in long runs, with their length. To end at the same L0, L1 then has to rise.
     longer = max(1.0, cfg.steps / 1500)
-    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
+    lr = cfg.lr or 0.27 * sae.d_sae ** (-1 / 2) * longer ** (-1 / 3)
     l1 = 0.07 * length * longer ** (1 / 5) if cfg.l1 is None else cfg.l1
     if sae.k:
         l1 = 0.0
-    patience = max(10, cfg.steps // 20)  # a feature that is silent for so long is dead
-    loss = torch.tensor(math.nan)  # until there is one, nothing is saved
+    silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
+    patience = max(10, cfg.steps // 20)  # one that is silent for so long is dead
+
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
-    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=RANK > 0)
+    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
     try:
         for step in bar:
 
-            # The rates, L1 weight and number of features of this step. Weights are pure
-            # numbers, but biases are in units of x, and so is their rate.
+            # The rates, L1 weight and number of features of this step.
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
             adam.param_groups[0]["lr"] = lr * lr_factor
-            adam.param_groups[1]["lr"] = lr * lr_factor * length / sae.d_in ** 0.5
+            coordinate = length / sae.d_in ** 0.5  # the size of one of x's
+            adam.param_groups[1]["lr"] = lr * lr_factor * coordinate
             x = buffer.next()  # [batch, d_in]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
@@ -475,41 +431,36 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            average(sae)  # over the processes of torchrun, where there are several
+            fired = sae.b_enc.grad != 0  # [d_sae]: who did not fire gets no gradient
 
             # The unit-norm rule: project, step, normalize. In this order.
             sae.project_gradient()
             adam.step()
             sae.normalize()
-            fired = sae.b_enc.grad != 0  # [d_sae], in any of the processes
-            silent = torch.where(fired, 0, silent + 1)
             adam.zero_grad()
-            done = step + 1
 
             # ---- The SAE is trained. What follows revives dead features, logs, saves. ----
 
+            done = step + 1
+            silent = torch.where(fired, 0, silent + 1)
             dead = silent >= patience  # [d_sae]
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
-                share(*sae.parameters())
+                silent[dead] = 0
 
-            if RANK == 0 and (step % 25 == 0 or done == cfg.steps):
-                error = (x_hat - x).pow(2).sum()
-                variance = (x - x.mean(0)).pow(2).sum()
+            if done % 25 == 0 or done in (1, cfg.steps):
+                fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
                 row = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
-                           fvu=(error / variance).item(), dead=dead.float().mean().item())
+                           fvu=fvu.item(), dead=dead.float().mean().item())
                 log.write(json.dumps({"step": done, **row}) + "\n")
                 bar.set_postfix(row)
-                require(row["loss"] < math.inf, f"step {done}: {row}: lower --lr, or --l1")
 
-            if RANK == 0 and done % cfg.save_every == 0 and loss.isfinite():
-                save_checkpoint(cfg, sae, adam, done, length, silent)
+            if done % cfg.save_every == 0:
+                save_checkpoint(cfg, sae, adam, done, length)
     except KeyboardInterrupt:
-        pass  # what there is is saved, measured and shown
-    finally:  # saved, too, where an error ends the run: a file that cannot be read, say
         sae.normalize()  # Ctrl-C may have come between step and normalize
-        if RANK == 0 and done > 0 and loss.isfinite():
-            save_checkpoint(cfg, sae, adam, done, length, silent)
+    if done > 0:
+        save_checkpoint(cfg, sae, adam, done, length)
     return done
 
 # ---- 7. Evaluation -------------------------------------------------------------------
@@ -518,23 +469,7 @@ def train(cfg, sae, buffer):
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], none of them trained on -> metrics, and how often each feature
-    fires [d_sae], as a share of the tokens. BOS does not count, and is left as it is."""
-
-    def cross_entropy(what, replace):
-        """Nats per token, with replace(x) in the place of x [rows, pos, d_in]"""
-        def splice(act, hook):
-            x = act[:, 1:]
-            new = replace(x.flatten(2).float())
-            return torch.cat([act[:, :1], new.view_as(x).to(act.dtype)], dim=1)
-
-        total = 0.0
-        for tokens in tqdm(rows.split(16), f"evaluating {what}", leave=False):
-            logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
-            logits = logits[:, :-1].flatten(0, 1).float()  # [n_tokens, d_vocab]
-            following = tokens[:, 1:].flatten()  # [n_tokens]
-            total += F.cross_entropy(logits, following, reduction="sum").item()
-        return total / rows[:, 1:].numel()
-
+    fires [d_sae], as a share of the tokens. BOS is not counted and not replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)
@@ -544,31 +479,45 @@ def evaluate(model, hook, sae, rows):
         error += (x_hat - part).pow(2).sum()
         fired += (f > 0).sum(0)  # [d_sae]
 
-    ce = cross_entropy("the model", lambda x: x)
-    ce_sae = cross_entropy("the SAE", lambda x: sae(x)[0])
-    ce_zero = cross_entropy("zeros", lambda x: torch.zeros_like(x))
-    ce_mean = cross_entropy("the mean", lambda x: mean.expand_as(x))
-    recovered = None  # if the model predicts no better with x than with zeros
-    if ce_zero - ce > 0.01:
+    def cross_entropy(replace):
+        """Nats per token, with replace(x) in the place of x [rows, pos, d_in]"""
+        def splice(act, hook):
+            new = replace(act[:, 1:].flatten(2).float())
+            return torch.cat([act[:, :1], new.view_as(act[:, 1:]).to(act.dtype)], dim=1)
+
+        total = 0.0
+        for tokens in tqdm(rows.split(16), "evaluating", leave=False):
+            logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
+            logits = logits[:, :-1].flatten(0, 1).float()  # [n_tokens, d_vocab]
+            following = tokens[:, 1:].flatten()  # [n_tokens]
+            total += F.cross_entropy(logits, following, reduction="sum").item()
+        return total / len(x)
+
+    ce = cross_entropy(lambda x: x)
+    ce_sae = cross_entropy(lambda x: sae(x)[0])
+    ce_zero = cross_entropy(lambda x: torch.zeros_like(x))
+    ce_mean = cross_entropy(lambda x: mean.expand_as(x))
+    recovered = None
+    if ce_zero - ce > 0.01:  # or else zeros are as good as x, and nothing can be recovered
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
     fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
     dead = (fired == 0).float().mean()
+    l0 = fired.sum() / len(x)
     metrics = dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero,
-                   ce_mean=ce_mean, l0=fired.sum().item() / len(x), fvu=fvu.item(),
-                   dead=dead.item())
+                   ce_mean=ce_mean, l0=l0.item(), fvu=fvu.item(), dead=dead.item())
     return metrics, fired / len(x)  # [d_sae]
 
 # ---- 8. Looking: what features fire on, and what they do -----------------------------
 
 def visible(tokenizer, tokens):
-    """Tokens as strings in which spaces are seen. Where a character (語, an emoji) is
-    several tokens long, the last one shows it, and the ones before show as "…"."""
+    """Tokens as strings with visible spaces. Where a character (語, an emoji) is made of
+    several tokens, the last one shows it, and those before it show as "…"."""
     strings = []
     begun = []
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        if text.endswith("\ufffd") and len(begun) < 4:  # a character has 4 bytes at most
+        if text.endswith("\ufffd") and len(begun) < 4:  # incomplete: it has up to 4 bytes
             text = "…"
         else:
             begun = []
@@ -577,31 +526,40 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """What adding `direction` [d_in] at `hook` does to the logits [d_vocab] on the direct
-    path, up to the scale of the last LayerNorm. None where there is no such path."""
+    """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] on the
+    direct path, up to the scale of the last LayerNorm. None where there is no such path."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
-        direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
+        direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
     elif "resid" not in hook:
         return None
-    both = torch.stack([direction, 0 * direction]).to(model.cfg.dtype)
-    logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
-    return logits[0] - logits[1]  # without what the biases do
+    direction = direction.to(model.cfg.dtype)
+    without = model.unembed(model.ln_final(0 * direction))  # the biases alone
+    return (model.unembed(model.ln_final(direction)) - without).float()
+
+def example(strings, f):
+    """The text around the token on which f [seq_len] is largest, tinted by f."""
+    peak, place = f.max(dim=0)
+    line = Text(f"{peak:7.2f}  ")
+    start = max(1, int(place) - 12)
+    for string, value in zip(strings[start:start + 20], f[start:start + 20]):
+        tint = 255 - int(150 * value / peak)  # with black text: readable in light and dark windows
+        style = f"#000000 on rgb(255,{tint},{tint // 2})" if value > 0 else ""
+        line.append(string, style)
+    return line
 
 @torch.no_grad()
 def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
     """Metrics, densities, features: first as a page at `path`, then on the terminal."""
-    width = min(100, Console().width)
-    page = Console(file=StringIO(), record=True, width=width, highlight=False, markup=False,
-                   emoji=False)
+    page = Console(file=StringIO(), record=True, width=min(100, Console().width),
+                   highlight=False, markup=False, emoji=False)
     page.print(title, style="bold")
     for name, value in metrics.items():
-        shown = "nothing to recover" if value is None else round(value, 4)
-        page.print(f"{name:>14}  {shown}")
+        page.print(f"{name:>14}  {value if value is None else round(value, 4)}")
     norms = sae.W_dec.norm(dim=-1)
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
-    # The paper's histogram of feature densities: four bars to a power of ten.
+    # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
     page.print("How many features fire on this share of the tokens, and up to the next")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
@@ -609,61 +567,50 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
         bar = "█" * round(60 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
-    # By default twenty features, evenly from rare to frequent, that fired ten times.
+    # By default twenty features, evenly from rare (but not below 2e-4) to frequent.
     if not chosen:
-        often = frequency.argsort()[(frequency * rows[:, 1:].numel() < 9.5).sum():]
+        often = frequency.argsort()[(frequency < 2e-4).sum():]
         spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
         chosen = often[spread].tolist()
     acts = [get_activations(model, hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
+    strings = [visible(model.tokenizer, row) for row in rows]
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {f_i.max():.2f}"
         page.print(head, style="bold")
-        effect = logit_effect(model, hook, sae.W_dec[i])
+        effect = logit_effect(model, hook, sae.W_dec[i:i + 1])
         if effect is not None:
-            for word, top in ("up", effect.topk(8)), ("down", (-effect).topk(8)):
+            for word, top in ("up", effect[0].topk(8)), ("down", (-effect[0]).topk(8)):
                 tokens = [visible(model.tokenizer, [token])[0] for token in top.indices]
                 page.print(f"{word:>7}  {'  '.join(tokens)}")
 
-        # The five rows in which it is strongest, around the place where it is.
-        peaks, places = f_i.max(dim=1)  # [n] each
-        for row in peaks.topk(min(5, int((peaks > 0).sum()))).indices:
-            strings = visible(model.tokenizer, rows[row])
-            line = Text(f"{peaks[row]:7.2f}  ")
-            start = max(1, int(places[row]) - 12)
-            for pos in range(start, min(start + 20, len(strings))):
-                level = f_i[row, pos] / peaks[row]
-                tint = 255 - int(150 * level)  # black on it: for light and dark windows
-                style = ""
-                if level > 0:
-                    style = f"#000000 on rgb(255,{tint},{tint // 2})"
-                line.append(strings[pos], style)
-            page.print(line, no_wrap=True, overflow="ellipsis")
+        # The five rows in which it is strongest.
+        for row in f_i.max(dim=1).values.topk(min(5, len(rows))).indices:
+            if f_i[row].max() > 0:
+                page.print(example(strings[row], f_i[row]), no_wrap=True, overflow="ellipsis")
 
     text = page.export_html(clear=False)
     text = text.replace("<head>", f"<head><title>SAE of {hook}</title>", 1)
     Path(path).write_text(text, encoding="utf-8")
     print(page.export_text(styles=sys.stdout.isatty()))
 
-# ---- 9. Plumbing, to be skipped at first: what is kept, and several processes --------
+# ---- 9. Saving and loading: skip it on a first reading -------------------------------
+
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # NeelNanda/sparse_autoencoder on the Hub
 
 def write(path, save, thing):
     """All or nothing: after a crash, or on a full disk, the old file is still there."""
-    part = f"{path}.part{os.getpid()}"  # of this run, should two write into one folder
-    try:
-        save(thing, part)
-    except Exception as error:  # torch and safetensors have their own for a full disk
-        raise OSError(f"{path}: not written: {error}") from error
-    os.replace(part, path)
+    with blame(path):
+        save(thing, f"{path}.part")
+        os.replace(f"{path}.part", path)
 
 def save_sae(sae, folder, **metadata):
-    """Writes a folder that SAELens reads, too: SAE.load_from_disk(folder)"""
+    """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
     cfg = dict(
-        architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, dtype="float32",
+        architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32",
         device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
-        reshape_activations="none",
-        k=sae.k, metadata=dict(sae_lens_version="6.0.0", **metadata))
+        reshape_activations="none", metadata=dict(sae_lens_version="6.0.0", **metadata))
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
@@ -672,7 +619,7 @@ def save_sae(sae, folder, **metadata):
     Path(folder, "cfg.json").write_text(json.dumps(cfg))
     write(Path(folder, "sae_weights.safetensors"), save_file, weights)
 
-# What SAELens may say of an SAE. Where it says something else, numbers would be wrong.
+# Settings of SAELens that this file implements. With any other, numbers would be wrong.
 COMPUTED = dict(
     normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True,
     rescale_acts_by_decoder_norm=False, finetuning_scaling_factor=False,
@@ -680,15 +627,16 @@ COMPUTED = dict(
 
 def load_sae(cls, source):
     """From run1 or run2 (published), a folder of ours or SAELens's, a .pt state dict."""
-    try:
-        path, cfg = Path(source), {}
-        if source in PUBLISHED:
-            path = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
-        if os.path.isdir(path):
-            cfg = json.loads((path / "cfg.json").read_text())
-            weights = load_file(path / "sae_weights.safetensors")
+    with blame(f"--load {source}"):
+        cfg = {}
+        if os.path.isdir(source):
+            cfg = json.loads(Path(source, "cfg.json").read_text())
+            weights = load_file(Path(source, "sae_weights.safetensors"))
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            file = source
+            if source in PUBLISHED:
+                file = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
+            weights = torch.load(file, map_location="cpu", weights_only=True)
         kind = cfg.get("architecture", "standard")
         require(kind in ("standard", "jumprelu"), f"{kind} is not read, only standard and "
                 "jumprelu (as which SAELens saves a trained batchtopk)")
@@ -696,63 +644,35 @@ def load_sae(cls, source):
             said = cfg.get(name, value)
             require(said in (value, None), f"{name} {said} is not computed here")
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
-        weights.setdefault("threshold", torch.zeros(sae.d_sae))
-        sae.load_state_dict(weights)
-        sae.threshold.clamp_(min=0)  # for SAELens has a ReLU before its threshold
-    except Exception as error:
-        raise ValueError(f"--load {source}: {type(error).__name__}: {error}") from error
-    return sae
+        sae.load_state_dict({"threshold": sae.threshold, **weights})
+        sae.threshold.clamp_(min=0)  # as in SAELens, where a ReLU comes first
+        return sae
 
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
-def save_checkpoint(cfg, sae, adam, done, length, silent):
+@torch.no_grad()
+def move_lengths_to_encoder(sae):
+    """Before training goes on: gives the rows of W_dec length 1 (those of SAELens need not
+    have it) and leaves x_hat as it is. normalize() alone would change it."""
+    length = sae.W_dec.norm(dim=-1).clamp(min=1e-9)  # [d_sae]
+    sae.W_dec /= length[:, None]
+    for tensor in (sae.W_enc, sae.b_enc, sae.threshold):
+        tensor *= length
+
+def save_checkpoint(cfg, sae, adam, done, length):
+    finite = sae.W_enc.isfinite().all()
+    require(finite, f"step {done}: the weights are not finite; lower --lr, or --l1")
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
-    state = dict(cfg=vars(cfg), sae=sae.state_dict(), adam=adam.state_dict(), done=done,
-                 length=length, silent=silent)
+    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done, length=length)
     write(Path(cfg.out, "resume.pt"), torch.save, state)
 
-MAY_CHANGE = "resume", "out", "device", "features", "save_every", "buffer", "held_out"
-
 def load_checkpoint(cfg, sae, adam):
-    box = [None]  # process 0 reads the file, which others may not have, and sends it
-    if RANK == 0:
-        box[0] = torch.load(Path(cfg.out, "resume.pt"), "cpu", weights_only=True)
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(box)
-    state = box[0]
-    for name, before in state["cfg"].items():
-        same = name in MAY_CHANGE or before == getattr(cfg, name)
-        require(same, f"--resume: the run in {cfg.out} has --{name} {before}")
-    sae.load_state_dict(state["sae"])
-    adam.load_state_dict(state["adam"])
-    tqdm.write(f"{state['done']} of {cfg.steps} steps are done", file=sys.stderr)
-    return state["done"], state["length"], state["silent"].to(sae.b_enc.device)
-
-def start(device):
-    """-> the device of this process, once it has met the others."""
-    if WORLD_SIZE > 1:
-        dist.init_process_group(timeout=timedelta(hours=9))  # one may download for long
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # "cuda" is this one
-    elif WORLD_SIZE > 1:
-        best = "cpu"  # the processes of a Mac cannot average on its one GPU
-    try:
-        return str(torch.zeros(1, device=device or best).device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: it is not there; use {best}") from error
-
-def share(*tensors):
-    for tensor in tensors:
-        if WORLD_SIZE > 1:
-            dist.broadcast(tensor.data, 0)
-    return tensors[0]
-
-def average(sae):
-    for tensor in [p.grad for p in sae.parameters()] + [sae.threshold]:
-        if WORLD_SIZE > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.AVG)
+    with blame(f"--resume: {cfg.out}"):
+        state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
+        sae.load_state_dict(state["sae"])
+        adam.load_state_dict(state["adam"])
+        return state["done"], state["length"]
 
 # ---- All of it, in order -------------------------------------------------------------
 
@@ -760,61 +680,54 @@ def run(cfg):
     began = time()
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
-    device = start(cfg.device)
-    other = not cfg.load or Path(cfg.out).resolve() != Path(cfg.load).resolve()
-    require(other, f"--out {cfg.out} is what --load reads: give another folder")
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with blame(f"--device {cfg.device}"):
+        device = str(torch.zeros(1, device=cfg.device or best).device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
-    # The language model, and what has to fit it.
+    # The language model, and the rows that are held out.
     model = load_model(cfg.model, device)
     near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
     require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: not there; {near} are")
-    most = model.cfg.n_ctx
-    require(cfg.seq_len <= most, f"--seq-len {cfg.seq_len}: {cfg.model} reads {most} tokens")
-
-    # The rows that are held out, and a buffer of activations of the others.
-    data = (cfg.dataset, model.tokenizer, cfg.seq_len)
-    rows = list(islice(token_rows(*data, held_out=True), cfg.held_out))
-    require(rows, f"--dataset {cfg.dataset}: too short to make rows of, or empty")
-    rows = torch.tensor(rows, device=device)  # [held_out, seq_len]
+    require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: {cfg.model} reads {model.cfg.n_ctx}")
+    rows = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
+    rows = torch.tensor(list(islice(rows, cfg.held_out)), device=device)  # [n, seq_len]
     known = rows.max() < model.cfg.d_vocab
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
-    stream = token_rows(*data, part=RANK, parts=WORLD_SIZE)
+
+    # A buffer of activations of the others, and the autoencoder.
+    stream = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len)
     buffer = ActivationBuffer(lambda tokens: get_activations(model, cfg.hook, tokens),
                               stream, cfg.batch_size, cfg.buffer, device)
-
-    # The autoencoder.
     if cfg.load:
         sae = SparseAutoencoder.load(cfg.load)
-        if cfg.k or cfg.l1 is not None:
-            sae.k = cfg.k  # it goes on in the way that is asked for
     else:
         sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k)
-    size = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}; the hook has d_in {buffer.d_in}"
-    require(sae.d_in == buffer.d_in and cfg.d_sae in (None, sae.d_sae), size)
-    require((sae.k or 0) <= sae.d_sae, f"--k {sae.k}: {size}")
+    shapes = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
+    require(sae.d_in == buffer.d_in, f"{shapes}; the hook has d_in {buffer.d_in}")
+    require(cfg.d_sae in (None, sae.d_sae), f"--d-sae {cfg.d_sae}: {shapes}")
+    require(cfg.k in (None, sae.k) and (sae.k or 0) <= sae.d_sae, f"--k {cfg.k}: {shapes}")
+    require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: {shapes}, and k replaces L1")
     for i in cfg.features:
-        require(0 <= i < sae.d_sae, f"--features {i}: they are 0 to {sae.d_sae - 1}")
+        require(0 <= i < sae.d_sae, f"--features {i}: {shapes}")
 
+    # Train it, measure it, look at it.
     sae.to(device)
     done = 0
     if cfg.steps:
         done = train(cfg, sae, buffer)
-    elif RANK == 0:
+    else:
         sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)
-    if RANK == 0:
-        metrics, frequency = evaluate(model, cfg.hook, sae, rows)
-        tokens = done * cfg.batch_size * WORLD_SIZE
-        metrics.update(steps=done, tokens=tokens, seconds=time() - began)
-        Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
-        title = f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {sae.d_sae} features, {done} steps"
-        path = Path(cfg.out, "report.html")
-        report(model, cfg.hook, sae, rows, metrics, frequency, title, path, cfg.features)
+    metrics, frequency = evaluate(model, cfg.hook, sae, rows)
+    metrics.update(steps=done, tokens=done * cfg.batch_size, seconds=time() - began)
+    Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
+    title = f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {sae.d_sae} features, {done} steps"
+    path = Path(cfg.out, "report.html")
+    report(model, cfg.hook, sae, rows, metrics, frequency, title, path, cfg.features)
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # characters that it cannot print
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # characters that it cannot print
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
     except (OSError, ValueError) as error:  # what a user can put right
@@ -822,9 +735,6 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:  # not in the training steps: nothing to save
         sys.exit("sae.py: stopped")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -250,21 +250,15 @@ def test_ready_made_tokens_are_cut_with_bos_in_the_place_of_the_first(tokenizer,
     assert sorted(row[1] for row in rows) == [*range(1, 40 * 1024, 128)]
     assert all(row == [tokenizer.bos_token_id, *range(row[1], row[1] + 127)] for row in rows)
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_every_32nd_row_is_held_out_and_the_parts_share_the_others(parts, tokenizer, tmp_path):
+def test_every_32nd_row_is_held_out_in_every_pass_and_the_others_are_trained_on(
+        tokenizer, tmp_path):
     data = (numbered(tmp_path), tokenizer)
     rows = [*S.all_rows(*data, 128)]
     held_out = [*S.token_rows(*data, held_out=True)]
     assert len(rows) == 320 and held_out == rows[::32], "once, and in the order of the data"
-    shares = []
-    for part in range(parts):
-        stream = S.token_rows(*data, part=part, parts=parts)
-        share = [next(stream)]
-        while (row := next(stream)) != share[0]:  # then it begins anew
-            share.append(row)
-        shares += share
-        assert len(share) >= 310 // parts // 2, "each part has its rows"
-    assert sorted(shares + held_out) == sorted(rows), "each row is in one part, or held out"
+    others = [row for row in rows if row not in held_out]
+    stream = S.token_rows(*data)
+    assert [next(stream) for _ in range(3 * 310)] == 3 * others, "without end"
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory):
@@ -434,7 +428,7 @@ def test_training_goes_on_from_rows_of_any_length_without_a_jump(threshold, tmp_
     sae.W_dec.data *= 0.25 + 3 * torch.rand(48, 1)
     sae.save(tmp_path / "a")
     before, fvu = sae(x)[0], fvu_of(sae, x)
-    sae.move_lengths_to_encoder()
+    S.move_lengths_to_encoder(sae)
     assert off(sae) < 1e-6
     torch.testing.assert_close(sae(x)[0], before)
     sae = S.SparseAutoencoder.load(tmp_path / "a")
@@ -535,21 +529,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     assert checkpoint(tmp_path)["done"] == 30
 
 @pytest.mark.parametrize("k", [None, 4])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("2.jsonl: cannot be read")])
-def test_ctrl_c_and_data_that_breaks_off_keep_what_there_is(error, k, tmp_path):
+def test_ctrl_c_keeps_what_there_is(k, tmp_path):
     sae = make_sae(k)
-    points = at_call(40, Points(torch.randn(64, 16)), lambda: throw(error))  # the first is a probe
-    cfg = S.Config(steps=200, k=k, out=str(tmp_path))
-    if isinstance(error, ValueError):
-        with pytest.raises(ValueError, match="2.jsonl"):
-            S.train(cfg, sae, points)
-    else:
-        assert S.train(cfg, sae, points) == 38
+    points = at_call(40, Points(torch.randn(64, 16)), lambda: throw(KeyboardInterrupt()))
+    assert S.train(S.Config(steps=200, k=k, out=str(tmp_path)), sae, points) == 38
     assert checkpoint(tmp_path)["done"] == 38
     saved = S.SparseAutoencoder.load(tmp_path)
     torch.testing.assert_close(saved.state_dict(), sae.state_dict(), rtol=0, atol=0)
     assert not torch.allclose(saved.W_enc, make_sae().W_enc)
     assert read_json(tmp_path, "cfg.json")["k"] == k, "and not what it was inflated to by then"
+
+def test_data_that_breaks_off_leaves_the_last_checkpoint(tmp_path):
+    points = at_call(40, Points(torch.randn(64, 16)), lambda: throw(ValueError("2.jsonl")))
+    with pytest.raises(ValueError, match="2.jsonl"):
+        S.train(S.Config(steps=200, l1=0.1, save_every=30, out=str(tmp_path)), make_sae(), points)
+    saved = S.SparseAutoencoder.load(tmp_path).state_dict()
+    assert checkpoint(tmp_path)["done"] == 30
+    torch.testing.assert_close(saved, checkpoint(tmp_path)["sae"], rtol=0, atol=0)
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("2.jsonl: cannot be read")])
 def test_a_run_that_ends_before_its_first_step_leaves_the_sae_that_was_there(error, tmp_path):
@@ -611,51 +607,10 @@ def test_resume_goes_on_where_the_run_was_stopped(k, tmp_path, monkeypatch):
     lines = [json.loads(line)["step"] for line in open(tmp_path / "train.jsonl")]
     assert lines == [1, 20], "the log goes on, too"
 
-def test_resume_wants_the_flags_of_before(run, refused):
-    flags = {"--steps": 3, "--l1": 0.2, "--d-sae": 64}
-    run(*sum(flags.items(), ()))
-    for flag, value in {"--l1": 5, "--lr": 0.5, "--seed": 7, "--steps": 4, "--d-sae": 48}.items():
-        line = refused(*sum({**flags, flag: value}.items(), ()), "--resume").replace("_", "-")
-        assert line.startswith("sae.py: --resume") and flag in line
-    run(*sum(flags.items(), ()), "--resume")
-
-PROCESS = """
-import sys, torch, torch.distributed as dist, sae as S
-def train(cfg, sae, buffer, real=S.train):
-    done = real(cfg, sae, buffer)
-    torch.save((sae.state_dict(), buffer.next()), f"{cfg.out}/{S.RANK}-{cfg.resume}.pt")
-    return done
-S.train, destroy = train, dist.destroy_process_group
-dist.destroy_process_group = lambda: None  # they meet once for both runs
-S.main()
-dist.init_process_group = lambda **more: None
-S.main(sys.argv[1:] + ["--resume"])
-destroy()
-"""
-
-def test_two_processes_under_torchrun_train_one_sae_as_good_as_one_process_does(
-        home, model, rows, run, tmp_path):
-    flags = {"--model": home / "model", "--dataset": f"{home}/*.txt", "--hook": HOOK, "--k": 6,
-             "--steps": 150, "--batch-size": 256, "--buffer": 4, "--d-sae": 64}
-    flags = [str(part) for pair in flags.items() for part in pair]
-    run(*flags, "--out", tmp_path / "one")
-    (tmp_path / "process.py").write_text(PROCESS)
-    # Without --device: where there is no GPU, the processes find each other all the same.
-    torchrun = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         tmp_path / "process.py", *flags, "--out", tmp_path / "two"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE),
-                                             "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert torchrun.returncode == 0, torchrun.stderr
-    assert torchrun.stdout.count("decoder norms") == 2, "one of them prints, in either run"
-    assert "150 of 150 steps are done" in torchrun.stderr
-    for resumed in (False, True):
-        (a, x_a), (b, x_b) = (torch.load(tmp_path / "two" / f"{i}-{resumed}.pt") for i in (0, 1))
-        assert a["threshold"].any() and not torch.equal(x_a, x_b), "each has rows of its own"
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    x = S.get_activations(model, HOOK, rows)[:, 1:].flatten(0, 1)
-    one, two = (fvu_of(S.SparseAutoencoder.load(tmp_path / out), x) for out in ("one", "two"))
-    assert two < 1.05 * one, "in the same steps"
+def test_resume_wants_an_sae_of_the_same_size(run, refused):
+    run("--steps", 3, "--d-sae", 64)
+    assert "--resume" in refused("--steps", 5, "--d-sae", 48, "--resume")
+    run("--steps", 5, "--d-sae", 64, "--resume")
 
 # ---- Saving and loading --------------------------------------------------------------------------
 
@@ -819,7 +774,7 @@ def test_each_feature_has_its_frequency_its_tokens_and_its_five_strongest_rows(
     features = [int(block[0].split(":")[0]) for block in blocks]
     assert len(features) == 20 and len(peaks) == 100
     assert (frequency[features].diff() >= -1e-6).all(), "from rare to frequent"
-    assert frequency[features[0]] * rows[:, 1:].numel() > 9, "that fired ten times"
+    assert frequency[features[0]] > 2e-4, "and not too rare to read"
     for i, (head, up, down, *rest) in zip(features, blocks):
         percent, most = re.search(r"on ([\d.]+)% of tokens, up to ([\d.]+)", head).groups()
         assert float(percent) / 100 == pytest.approx(frequency[i].item(), abs=4e-4)
@@ -877,7 +832,6 @@ def test_the_autoencoder_and_resample_can_be_lifted_out():
     assert off(sae) < 1e-6 and sae.encode(x).shape == (256, 32)
     lifted("resample")(sae, adam, torch.arange(32) < 4, x)
     sae.move_threshold(x, 4)
-    sae.move_lengths_to_encoder()
 
 def test_get_activations_and_evaluate_can_be_lifted_out_and_keep_no_graph(home, rows):
     unfrozen = S.load_model(str(home / "model"), "cpu").requires_grad_(True)
@@ -894,10 +848,8 @@ def test_the_buffer_can_be_lifted_out_and_keeps_no_graph():
     assert no_graph(buffer.next(), *(t for t in vars(buffer).values() if torch.is_tensor(t)))
 
 def test_token_rows_can_be_lifted_out(home, tokenizer):
-    token_rows = lifted(
-        "token_rows", "deque", "glob", "os", "sysconfig", "Path", "load_dataset",
-        "IterableDataset", "TABLES", "require", "loader_of", "read_files", "open_dataset",
-        "all_rows")
+    token_rows = lifted("token_rows", "glob", "os", "sysconfig", "Path", "load_dataset", "TABLES",
+                        "contextmanager", "require", "blame", "open_dataset", "all_rows")
     data = (f"{home}/*.txt", tokenizer)
     assert [*token_rows(*data, held_out=True)] == [*S.token_rows(*data, held_out=True)]
 
@@ -1031,14 +983,12 @@ def bad(tmp_path_factory):
     ("--model /nowhere/model", "/nowhere/model"), ("--dataset nowhere-*.txt", "nowhere-*.txt"),
     ("--dataset /nowhere.txt", "/nowhere.txt"), ("--dataset EMPTY", "short"),
     ("--dataset SHORT", "short"), ("--dataset COLUMNS.parquet", "COLUMNS"),
-    ("--dataset BEYOND.parquet", "BEYOND"), ("--dataset PARTLY", "2.jsonl"),
+    ("--dataset BEYOND.parquet", "BEYOND"), ("--dataset PARTLY", "PARTLY"),
     ("--hook blocks.1.mlp.hook_pots", "blocks.1.mlp.hook_post"),
     ("--hook blocks.9.mlp.hook_post", "blocks.1.mlp.hook_post"),
     ("--hook blocks.1.attn.hook_pattern", "a vector for each token"),
     ("--load /nowhere", "/nowhere"), ("--load GATED", "gated"), ("--load MISFIT", "d_in"),
-    ("--load BINARY", "--load"), ("--load FITS --out FITS", "--out"),
-    ("--load FITS --out FITS/../FITS/", "--out"),
-    ("--load FITS --d-sae 96", "d_sae 48"), ("--out BINARY/x", "BINARY"),
+    ("--load BINARY", "--load"), ("--load FITS --d-sae 96", "d_sae 48"), ("--out BINARY/x", "BINARY"),
     ("--device gpu", "--device gpu"), ("--features 1 2 99999", "--features"),
     ("--features -1", "--features"), ("--features one", "one"), ("--resume", "resume.pt"),
 ])
