@@ -57,7 +57,7 @@ def blame(what):
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
     hook: str = "blocks.0.mlp.hook_post"  # which activations, in TransformerLens's words
-    dataset: str = ""  # stdlib, file, folder, 'glob*', or NAME[:SUBSET[:SPLIT]] on the Hub
+    dataset: str = ""  # stdlib, file, folder, 'glob*' or NAME[:SUBSET[:SPLIT]] on the Hub
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
