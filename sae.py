@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import TransformerBridge  # was: HookedTransformer
 
 def require(condition, message):
     """For what a user can put right: main() prints the message without a traceback."""
@@ -62,7 +62,7 @@ class Config:
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as the paper's A/1
-    l1: float | None = None  # weight of the L1 term; by default from x's typical length
+    l1: float | None = None  # weight of the L1 term; by default from the activations' norms
     k: int | None = None  # features per token, on average (BatchTopK), in place of L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
@@ -72,7 +72,7 @@ class Config:
     seed: int = 0  # of the first weights and of the order of the activations
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
 
-    out: str = ""  # folder for what is written; by default runs/MODEL/HOOK
+    out: str = ""  # folder to write into; by default runs/MODEL/HOOK[-kK][-from-SAE]
     save_every: int = 500  # steps between saves
     resume: bool = False  # go on from what --out holds; give the same flags again
     load: str = ""  # start from this SAE: run1, run2, a folder or a .pt file
@@ -80,7 +80,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) in (int, float):
+            if type(value) in (int, float):  # not None, and not True
                 may_be_0 = name in ("steps", "l1", "seed")
                 in_range = 0 < value < math.inf or (value == 0 and may_be_0)
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
@@ -106,7 +106,7 @@ def open_dataset(name):
     pattern = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
         pattern = sysconfig.get_path("stdlib") + "/*.py"
-    elif os.path.exists(pattern):
+    elif os.path.exists(pattern):  # a path, in which * and [ are not a pattern
         pattern = glob.escape(pattern) + ("/**" if os.path.isdir(pattern) else "")
     files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     files = [glob.escape(file) for file in files]  # load_dataset takes patterns, too
@@ -115,14 +115,14 @@ def open_dataset(name):
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
     tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # a README beside them is not data
+    if tables:  # then only they are data, not a README beside them
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
     return load_dataset("text", data_files=files, split="train", streaming=True,
                         sample_by="document", encoding_errors="replace")
 
 def all_rows(dataset, tokenizer, seq_len):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, always in the same order.
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, always in one order.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
     first replication: 1,024 into 8 x 128, the first token of each overwritten by BOS."""
@@ -137,11 +137,10 @@ def all_rows(dataset, tokenizer, seq_len):
             ids = tokenizer(example["text"], add_special_tokens=False,
                             split_special_tokens=True)["input_ids"]
             packed += ids + [eos]
-            start = 0
-            while len(packed) - start >= seq_len - 1:
-                yield [bos] + packed[start:start + seq_len - 1]
-                start += seq_len - 1
-            packed = packed[start:]
+            end = len(packed) - len(packed) % (seq_len - 1)
+            for i in range(0, end, seq_len - 1):
+                yield [bos] + packed[i:i + seq_len - 1]
+            packed = packed[end:]
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
@@ -156,9 +155,9 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
         n = 0
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                if (n % 32 == 0) == held_out:
+                if held_out == (n % 32 == 0):  # rows 0, 32, 64, ... are held out
                     yield row
-            require(n > 0, "too short to make rows of, or empty")
+            require(n > 0, "too short to make rows of, or empty")  # one row is not enough
         if held_out:
             return
 
@@ -191,7 +190,7 @@ def get_activations(model, hook, tokens):
         raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
-    if act.shape[:2] != tokens.shape:
+    if act.ndim < 3 or act.shape[:2] != tokens.shape:
         raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
     return act.flatten(2).float()  # attention heads, if any, are concatenated
 
@@ -219,7 +218,8 @@ class ActivationBuffer:
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
         # `order` is a random permutation of its slots, the order in which they are served.
-        # order[:served] have been served and may be overwritten: at the start, all.
+        # order[:served] have been served and may be overwritten. At the start all count as
+        # served, so the first next() fills everything.
         self.store = torch.empty(n_batches * batch_size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(len(self.store), device=device)  # [n_batches * batch]
         self.served = len(self.store)
@@ -227,12 +227,13 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
+        # Free slots, as many at a time as rows_at_once rows fill (the last time, fewer).
         for slots in self.order[:self.served].split(self.rows_at_once * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
-            self.store[slots] = act[:len(slots)].to(self.store.dtype)  # the last row is cut
+            self.store[slots] = act[:len(slots)].to(self.store.dtype)
         self.order = torch.randperm(len(self.store)).to(self.order.device)
         self.served = 0
 
@@ -266,21 +267,22 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. Half of them fire at first, and then
-        # x_hat is about 0.3 * (d_sae / 2) / d_in * x: near x, for d_sae = 8 * d_in.
+        # A feature begins by reading what it writes. Half of them fire at first, and each
+        # adds 0.3 x / d_in on average: together 1.2 x, where d_sae is 8 d_in.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # our own are all equal
+        self.register_buffer("threshold", torch.zeros(d_sae))  # one for all, but not in all of SAELens's
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # b_dec is subtracted as a constant: through the matrix x - b_dec its gradient would
-        # cost one more large matrix product. It comes through `zero`, a vector of zeros.
+        # Written plainly, autograd would compute the gradient of x - b_dec, [batch, d_in],
+        # by one more large matrix product, only to sum it over the batch. So b_dec is a
+        # constant there, and has its gradient from `zero`, which is one vector, and 0.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
-        pre += self.b_enc + zero  # in place, for this is the largest tensor of a step
+        pre += self.b_enc + zero  # in place: it is the largest tensor of a step
         return pre
 
     def encode(self, x):
@@ -309,7 +311,7 @@ class SparseAutoencoder(torch.nn.Module):
         """Towards the value that k features per token of x [n, d_in] pass; a tenth of the
         way, because one batch is noisy."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
-        largest = pre.topk(k * len(x)).values  # [k * n]
+        largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
 
     # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
@@ -326,8 +328,8 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize(self):
         """After step(): a step at a right angle to a row lengthens it (Pythagoras), so all
-        rows are brought back to length 1. The first replication lacked this half,
-        then had it before step(): all that was evaluated or saved was one step off."""
+        rows are brought back to length 1. The first replication lacked this half, and
+        later had it before step(): all that was evaluated or saved was one step off."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -336,7 +338,7 @@ class SparseAutoencoder(torch.nn.Module):
 @torch.no_grad()
 def resample(sae, adam, dead, x):
     """Points the dead features ([d_sae], bool) at what the others fail on: the paper's
-    "Neuron Resampling", but at the residual of an example and not at the example itself.
+    "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
     # Draw examples by the square of their loss. None weighs more than 100 typical ones: a
@@ -356,6 +358,8 @@ def resample(sae, adam, dead, x):
     sae.W_dec[dead] = direction
     sae.W_enc[:, dead] = length * direction.T
     sae.b_enc[dead] = 0.0
+    if not sae.k:
+        sae.threshold[dead] = 0.0
 
     # Adam forgets where the old features were going.
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -368,23 +372,23 @@ def schedule(step, steps):
     progress = step / steps
 
     # 1) Warm-up over a twentieth of the run: of the rate, because Adam's moments are averages
-    #    of few gradients yet, and of L1, because at first half of the features fire.
+    #    of few gradients yet, and of L1, because a feature has to find a use before it pays.
     warm_up = min(1.0, 20 * progress + 0.01)
 
     # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
     #    half: it shrinks all f a bit, and now they recover.
     decay = min(1.0, 5 * (1 - progress))
 
-    # 3) k falls from 8 k, geometrically, and is there by half of the run: features that
-    #    would not have been among the k largest find a use first, and few of them die.
+    # 3) k starts at 8 times its value and falls to it over the first half of the run:
+    #    features that would not be among the k largest find a use first, and few die.
     k_factor = 8 ** max(0.0, 1 - 2 * progress)
 
     return warm_up * decay, warm_up * (1 + decay) / 2, k_factor
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    # Adam moves each number by about its rate. Weights are pure numbers, but biases are as
-    # large as x's coordinates: they have a rate of their own (below).
+    # Adam moves each number by about the learning rate. Weights do not grow with the scale
+    # of x, but biases do: they have a rate of their own (below).
     weights = {"params": [sae.W_enc, sae.W_dec]}
     biases = {"params": [sae.b_enc, sae.b_dec]}
     adam = torch.optim.Adam([weights, biases], betas=(0.9, 0.99), fused=True)
@@ -396,7 +400,8 @@ def train(cfg, sae, buffer):
         done = 0
         x = buffer.next()  # [batch, d_in]
         length = (x - x.mean(0)).norm(dim=-1).median().item()  # typical: some are huge
-        usable = 1e-5 * x.norm(dim=-1).median() < length < math.inf
+        rounding = 1e-5 * x.norm(dim=-1).median()
+        usable = rounding < length < math.inf  # False for nan
         require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
         if cfg.load:
             move_lengths_to_encoder(sae)
@@ -404,12 +409,12 @@ def train(cfg, sae, buffer):
             sae.b_dec.data = x.mean(0)
 
     # Found by trial (see the README): the best rate falls with the number of features and,
-    # in long runs, with their length. To end at the same L0, L1 then has to rise.
+    # in long runs, with their length; L1 then has to rise, to end at about the same L0.
     longer = max(1.0, cfg.steps / 1500)
-    lr = cfg.lr or 0.27 * sae.d_sae ** (-1 / 2) * longer ** (-1 / 3)
-    l1 = 0.07 * length * longer ** (1 / 5) if cfg.l1 is None else cfg.l1
-    if sae.k:
-        l1 = 0.0
+    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
+    l1 = cfg.l1
+    if l1 is None:
+        l1 = 0.0 if sae.k else 0.07 * length * longer ** (1 / 5)
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)  # one that is silent for so long is dead
 
@@ -421,8 +426,8 @@ def train(cfg, sae, buffer):
             # The rates, L1 weight and number of features of this step.
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
             adam.param_groups[0]["lr"] = lr * lr_factor
-            coordinate = length / sae.d_in ** 0.5  # the size of one of x's
-            adam.param_groups[1]["lr"] = lr * lr_factor * coordinate
+            one_of_x = length / sae.d_in ** 0.5  # the typical size of one of x's numbers
+            adam.param_groups[1]["lr"] = lr * lr_factor * one_of_x
             x = buffer.next()  # [batch, d_in]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
@@ -431,7 +436,7 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            fired = sae.b_enc.grad != 0  # [d_sae]: who did not fire gets no gradient
+            fired = sae.b_enc.grad != 0  # [d_sae]: its gradient is 0 if it never fired
 
             # The unit-norm rule: project, step, normalize. In this order.
             sae.project_gradient()
@@ -455,7 +460,7 @@ def train(cfg, sae, buffer):
                 log.write(json.dumps({"step": done, **row}) + "\n")
                 bar.set_postfix(row)
 
-            if done % cfg.save_every == 0:
+            if done % cfg.save_every == 0 and done < cfg.steps:
                 save_checkpoint(cfg, sae, adam, done, length)
     except KeyboardInterrupt:
         sae.normalize()  # Ctrl-C may have come between step and normalize
@@ -481,7 +486,7 @@ def evaluate(model, hook, sae, rows):
 
     def cross_entropy(replace):
         """Nats per token, with replace(x) in the place of x [rows, pos, d_in]"""
-        def splice(act, hook):
+        def splice(act, hook):  # heads, if any, are concatenated and split again
             new = replace(act[:, 1:].flatten(2).float())
             return torch.cat([act[:, :1], new.view_as(act[:, 1:]).to(act.dtype)], dim=1)
 
@@ -491,7 +496,7 @@ def evaluate(model, hook, sae, rows):
             logits = logits[:, :-1].flatten(0, 1).float()  # [n_tokens, d_vocab]
             following = tokens[:, 1:].flatten()  # [n_tokens]
             total += F.cross_entropy(logits, following, reduction="sum").item()
-        return total / len(x)
+        return total / rows[:, 1:].numel()
 
     ce = cross_entropy(lambda x: x)
     ce_sae = cross_entropy(lambda x: sae(x)[0])
@@ -517,7 +522,7 @@ def visible(tokenizer, tokens):
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        if text.endswith("\ufffd") and len(begun) < 4:  # incomplete: it has up to 4 bytes
+        if text.endswith("\ufffd") and len(begun) < 4:  # incomplete: of up to 4 bytes
             text = "…"
         else:
             begun = []
@@ -531,17 +536,17 @@ def logit_effect(model, hook, direction):
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
-    elif "resid" not in hook:
+    elif not ("resid" in hook or hook.endswith("_out")):
         return None
     direction = direction.to(model.cfg.dtype)
-    without = model.unembed(model.ln_final(0 * direction))  # the biases alone
+    without = model.unembed(model.ln_final(0 * direction))  # LN(0) is its bias
     return (model.unembed(model.ln_final(direction)) - without).float()
 
 def example(strings, f):
     """The text around the token on which f [seq_len] is largest, tinted by f."""
     peak, place = f.max(dim=0)
     line = Text(f"{peak:7.2f}  ")
-    start = max(1, int(place) - 12)
+    start = max(1, int(place) - 12)  # 0 is BOS
     for string, value in zip(strings[start:start + 20], f[start:start + 20]):
         tint = 255 - int(150 * value / peak)  # with black text: readable in light and dark windows
         style = f"#000000 on rgb(255,{tint},{tint // 2})" if value > 0 else ""
@@ -569,7 +574,7 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
 
     # By default twenty features, evenly from rare (but not below 2e-4) to frequent.
     if not chosen:
-        often = frequency.argsort()[(frequency < 2e-4).sum():]
+        often = frequency.argsort()[(frequency < 2e-4).sum():]  # ascending
         spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
         chosen = often[spread].tolist()
     acts = [get_activations(model, hook, part) for part in rows.split(16)]
@@ -581,8 +586,9 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
         page.print(head, style="bold")
         effect = logit_effect(model, hook, sae.W_dec[i:i + 1])
         if effect is not None:
-            for word, top in ("up", effect[0].topk(8)), ("down", (-effect[0]).topk(8)):
-                tokens = [visible(model.tokenizer, [token])[0] for token in top.indices]
+            for word, sign in ("up", 1), ("down", -1):
+                top = (sign * effect[0]).topk(8).indices
+                tokens = [visible(model.tokenizer, [token])[0] for token in top]
                 page.print(f"{word:>7}  {'  '.join(tokens)}")
 
         # The five rows in which it is strongest.
@@ -678,6 +684,8 @@ def load_checkpoint(cfg, sae, adam):
 
 def run(cfg):
     began = time()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    require(alone, "it trains in one process: start it without torchrun")
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -689,7 +697,7 @@ def run(cfg):
     model = load_model(cfg.model, device)
     near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
     require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: not there; {near} are")
-    require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: {cfg.model} reads {model.cfg.n_ctx}")
+    require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
     rows = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
     rows = torch.tensor(list(islice(rows, cfg.held_out)), device=device)  # [n, seq_len]
     known = rows.max() < model.cfg.d_vocab
