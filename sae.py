@@ -88,6 +88,8 @@ class Config:
         require(self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load")
 
         # Defaults that follow from other flags.
+        if self.load in PUBLISHED and self.model == "tiny-1l":
+            self.model = "gelu-1l"
         usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or usual.get(self.model, "monology/pile-uncopyrighted")
         if not self.out:
