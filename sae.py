@@ -1,11 +1,13 @@
 """sae.py: train a sparse autoencoder (SAE) on a language model's activations.
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
-Neel Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` explains the MLP of
+Neel Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` trains one on the MLP of
 tiny-1l, a small transformer in this repository. After three minutes on two CPU cores:
 
     loss_recovered 0.9772   ce 3.137   ce_sae 3.271   ce_zero 9.001   ce_mean 7.915
     l0 43.63   fvu 0.1307   dead 0.0005   decoder norms 0.9999999 to 1.0000001
+
+(l0: features that fire on a token; fvu: the share of x's variance that x_hat misses.)
 
 The sections are in the order in which data flows; 4 to 6 are the SAE, what people copy:
 1 Config, 2 Data, 3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training,
@@ -36,7 +38,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge  # was: HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge  # ex-HookedTransformer
 
 def require(condition, message):
     """For what a user can put right: main() prints the message without a traceback."""
@@ -69,7 +71,7 @@ class Config:
     batch_size: int = 1024  # activations a step (first replication: 4096)
     lr: float | None = None  # peak learning rate; by default from d_sae and steps
     buffer: int = 64  # batches in the activation buffer (first replication: 384)
-    seed: int = 0  # of the first weights and of the order of the activations
+    seed: int = 0  # of the initial weights and of the order of activations
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
 
     out: str = ""  # folder to write into; by default runs/MODEL/HOOK[-kK][-from-SAE]
@@ -157,9 +159,11 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
         n = 0
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                if held_out == (n % 32 == 0):  # rows 0, 32, 64, ... are held out
+                is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
+                if held_out == is_held_out:
                     yield row
-            require(n > 0, "too short to make rows of, or empty")  # one row is not enough
+            # Row 0 is held out, so there has to be a row 1 to train on.
+            require(n > 0, "too short to make rows of, or empty")
         if held_out:
             return
 
@@ -200,7 +204,7 @@ def get_activations(model, hook, tokens):
 
 # Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] in random order, each of them once.
+    """Serves activations [batch_size, d_in] in random order, none of them twice.
 
     Those of one text are alike, and a gradient wants variety: a batch is drawn from all
     over the buffer. When half of it has been served, that half is refilled.
@@ -222,14 +226,16 @@ class ActivationBuffer:
         # `order` is a random permutation of its slots, the order in which they are served.
         # order[:served] have been served and may be overwritten. At the start all count as
         # served, so the first next() fills everything.
-        self.store = torch.empty(n_batches * batch_size, self.d_in, dtype=dtype, device=device)
-        self.order = torch.arange(len(self.store), device=device)  # [n_batches * batch]
-        self.served = len(self.store)
+        size = n_batches * batch_size
+        self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
+        self.order = torch.arange(size, device=device)
+        self.served = size
 
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # Free slots, as many at a time as rows_at_once rows fill (the last time, fewer).
+        # In chunks that rows_at_once rows fill. The last chunk may end in the middle of a
+        # row; the rest of that row is dropped.
         for slots in self.order[:self.served].split(self.rows_at_once * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -269,18 +275,20 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. Half of them fire at first, and each
-        # adds 0.3 x / d_in on average: together 1.2 x, where d_sae is 8 d_in.
+        # A feature begins by reading what it writes. Why 0.3: (x @ d) d, for a random unit
+        # vector d, averages x / d_in; half of 8 d_in features fire at first; and so
+        # x_hat = 4 d_in * 0.3 * x / d_in = 1.2 x begins near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # one for all, but not in all of SAELens's
+        self.register_buffer("threshold", torch.zeros(d_sae))  # ours are all equal
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
         # Written plainly, autograd would compute the gradient of x - b_dec, [batch, d_in],
         # by one more large matrix product, only to sum it over the batch. So b_dec is a
-        # constant there, and has its gradient from `zero`, which is one vector, and 0.
+        # constant there. `zero` has the value 0, but the gradient that b_dec should have.
+        # (x @ W_enc - b_dec @ W_enc would do, too, but loses digits where x is far from 0.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -310,8 +318,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Towards the value that k features per token of x [n, d_in] pass; a tenth of the
-        way, because one batch is noisy."""
+        """Moves it a tenth of the way (for one batch is noisy) to the value that k features
+        per token of x [n, d_in] pass. It has no gradient."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -361,7 +369,7 @@ def resample(sae, adam, dead, x):
     sae.W_enc[:, dead] = length * direction.T
     sae.b_enc[dead] = 0.0
     if not sae.k:
-        sae.threshold[dead] = 0.0
+        sae.threshold[dead] = 0.0  # it is not 0 where --load brought another one
 
     # Adam forgets where the old features were going.
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -373,8 +381,8 @@ def schedule(step, steps):
     """The factors of the learning rate, of the L1 weight and of k at this step."""
     progress = step / steps
 
-    # 1) Warm-up over a twentieth of the run: of the rate, because Adam's moments are averages
-    #    of few gradients yet, and of L1, because a feature has to find a use before it pays.
+    # 1) Warm-up over a twentieth of the run: of the rate, because Adam's moments are still
+    #    averages of few gradients, and of L1, because a feature first has to find a use.
     warm_up = min(1.0, 20 * progress + 0.01)
 
     # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
@@ -389,21 +397,21 @@ def schedule(step, steps):
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    # Adam moves each number by about the learning rate. Weights do not grow with the scale
-    # of x, but biases do: they have a rate of their own (below).
+    # Adam moves each number by about the learning rate. If x doubles, the weights stay as
+    # they are, but the biases double: their rate is scaled by one_of_x (below).
     weights = {"params": [sae.W_enc, sae.W_dec]}
     biases = {"params": [sae.b_enc, sae.b_dec]}
     adam = torch.optim.Adam([weights, biases], betas=(0.9, 0.99), fused=True)
     if cfg.resume:
-        done, length = load_checkpoint(cfg, sae, adam)
+        done, x_norm = load_checkpoint(cfg, sae, adam)
         for _ in tqdm(range(done * cfg.batch_size // buffer.per_row), "skipping old rows"):
             next(buffer.rows)
     else:
         done = 0
         x = buffer.next()  # [batch, d_in]
-        length = (x - x.mean(0)).norm(dim=-1).median().item()  # typical: some are huge
-        rounding = 1e-5 * x.norm(dim=-1).median()
-        usable = rounding < length < math.inf  # False for nan
+        x_norm = (x - x.mean(0)).norm(dim=-1).median().item()  # typical: some are huge
+        rounding_error = 1e-5 * x.norm(dim=-1).median()
+        usable = rounding_error < x_norm < math.inf  # False for nan
         require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
         if cfg.load:
             move_lengths_to_encoder(sae)
@@ -411,12 +419,13 @@ def train(cfg, sae, buffer):
             sae.b_dec.data = x.mean(0)
 
     # Found by trial (see the README): the best rate falls with the number of features and,
-    # in long runs, with their length; L1 then has to rise, to end at about the same L0.
+    # beyond 1,500 steps, with that of steps; the same L0 then takes a larger L1.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
-        l1 = 0.0 if sae.k else 0.07 * length * longer ** (1 / 5)
+        l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 5)
+    one_of_x = x_norm / sae.d_in ** 0.5  # the typical size of one of x's numbers
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)  # one that is silent for so long is dead
 
@@ -428,7 +437,6 @@ def train(cfg, sae, buffer):
             # The rates, L1 weight and number of features of this step.
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
             adam.param_groups[0]["lr"] = lr * lr_factor
-            one_of_x = length / sae.d_in ** 0.5  # the typical size of one of x's numbers
             adam.param_groups[1]["lr"] = lr * lr_factor * one_of_x
             x = buffer.next()  # [batch, d_in]
             if sae.k:
@@ -438,7 +446,7 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            fired = sae.b_enc.grad != 0  # [d_sae]: its gradient is 0 if it never fired
+            fired = sae.b_enc.grad != 0  # [d_sae]: where f is 0 it passes no gradient
 
             # The unit-norm rule: project, step, normalize. In this order.
             sae.project_gradient()
@@ -463,11 +471,12 @@ def train(cfg, sae, buffer):
                 bar.set_postfix(row)
 
             if done % cfg.save_every == 0 and done < cfg.steps:
-                save_checkpoint(cfg, sae, adam, done, length)
-    except KeyboardInterrupt:
+                save_checkpoint(cfg, sae, adam, done, x_norm)
+    except KeyboardInterrupt:  # then what there is is saved, measured and shown
+        if done == 0:
+            raise
         sae.normalize()  # Ctrl-C may have come between step and normalize
-    if done > 0:
-        save_checkpoint(cfg, sae, adam, done, length)
+    save_checkpoint(cfg, sae, adam, done, x_norm)
     return done
 
 # ---- 7. Evaluation -------------------------------------------------------------------
@@ -488,9 +497,10 @@ def evaluate(model, hook, sae, rows):
 
     def cross_entropy(replace):
         """Nats per token, with replace(x) in the place of x [rows, pos, d_in]"""
-        def splice(act, hook):  # heads, if any, are concatenated and split again
-            new = replace(act[:, 1:].flatten(2).float())
-            return torch.cat([act[:, :1], new.view_as(act[:, 1:]).to(act.dtype)], dim=1)
+        def splice(act, hook):
+            bos, old = act[:, :1], act[:, 1:]
+            new = replace(old.flatten(2).float())  # heads, if any, are concatenated
+            return torch.cat([bos, new.view_as(old).to(act.dtype)], dim=1)
 
         total = 0.0
         for tokens in tqdm(rows.split(16), "evaluating", leave=False):
@@ -524,7 +534,7 @@ def visible(tokenizer, tokens):
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        if text.endswith("\ufffd") and len(begun) < 4:  # incomplete: of up to 4 bytes
+        if text.endswith("\ufffd") and len(begun) < 4:  # a part of one: it has up to 4 bytes
             text = "…"
         else:
             begun = []
@@ -541,8 +551,8 @@ def logit_effect(model, hook, direction):
     elif not ("resid" in hook or hook.endswith("_out")):
         return None
     direction = direction.to(model.cfg.dtype)
-    without = model.unembed(model.ln_final(0 * direction))  # LN(0) is its bias
-    return (model.unembed(model.ln_final(direction)) - without).float()
+    biases = model.unembed(model.ln_final(0 * direction))  # what is there without it
+    return (model.unembed(model.ln_final(direction)) - biases).float()
 
 def example(strings, f):
     """The text around the token on which f [seq_len] is largest, tinted by f."""
@@ -550,7 +560,7 @@ def example(strings, f):
     line = Text(f"{peak:7.2f}  ")
     start = max(1, int(place) - 12)  # 0 is BOS
     for string, value in zip(strings[start:start + 20], f[start:start + 20]):
-        tint = 255 - int(150 * value / peak)  # with black text: readable in light and dark windows
+        tint = 255 - int(150 * value / peak)  # with black text, for light and dark windows
         style = f"#000000 on rgb(255,{tint},{tint // 2})" if value > 0 else ""
         line.append(string, style)
     return line
@@ -576,7 +586,8 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
 
     # By default twenty features, evenly from rare (but not below 2e-4) to frequent.
     if not chosen:
-        often = frequency.argsort()[(frequency < 2e-4).sum():]  # ascending
+        often = frequency.argsort()  # from rare to frequent
+        often = often[frequency[often] >= 2e-4]
         spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
         chosen = often[spread].tolist()
     acts = [get_activations(model, hook, part) for part in rows.split(16)]
@@ -596,7 +607,8 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
         # The five rows in which it is strongest.
         for row in f_i.max(dim=1).values.topk(min(5, len(rows))).indices:
             if f_i[row].max() > 0:
-                page.print(example(strings[row], f_i[row]), no_wrap=True, overflow="ellipsis")
+                line = example(strings[row], f_i[row])
+                page.print(line, no_wrap=True, overflow="ellipsis")
 
     text = page.export_html(clear=False)
     text = text.replace("<head>", f"<head><title>SAE of {hook}</title>", 1)
@@ -665,14 +677,15 @@ def move_lengths_to_encoder(sae):
     have it) and leaves x_hat as it is. normalize() alone would change it."""
     length = sae.W_dec.norm(dim=-1).clamp(min=1e-9)  # [d_sae]
     sae.W_dec /= length[:, None]
-    for tensor in (sae.W_enc, sae.b_enc, sae.threshold):
-        tensor *= length
+    sae.W_enc *= length
+    sae.b_enc *= length
+    sae.threshold *= length
 
-def save_checkpoint(cfg, sae, adam, done, length):
+def save_checkpoint(cfg, sae, adam, done, x_norm):
     finite = sae.W_enc.isfinite().all()
     require(finite, f"step {done}: the weights are not finite; lower --lr, or --l1")
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
-    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done, length=length)
+    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done, x_norm=x_norm)
     write(Path(cfg.out, "resume.pt"), torch.save, state)
 
 def load_checkpoint(cfg, sae, adam):
@@ -680,7 +693,7 @@ def load_checkpoint(cfg, sae, adam):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-        return state["done"], state["length"]
+        return state["done"], state["x_norm"]
 
 # ---- All of it, in order -------------------------------------------------------------
 
@@ -698,14 +711,14 @@ def run(cfg):
     # The language model, and the rows that are held out.
     model = load_model(cfg.model, device)
     near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
-    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: not there; {near} are")
+    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: none; near it are {near}")
     require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
     rows = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
     rows = torch.tensor(list(islice(rows, cfg.held_out)), device=device)  # [n, seq_len]
     known = rows.max() < model.cfg.d_vocab
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
 
-    # A buffer of activations of the others, and the autoencoder.
+    # A buffer of activations of the other rows, and the autoencoder.
     stream = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len)
     buffer = ActivationBuffer(lambda tokens: get_activations(model, cfg.hook, tokens),
                               stream, cfg.batch_size, cfg.buffer, device)
@@ -716,7 +729,8 @@ def run(cfg):
     shapes = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
     require(sae.d_in == buffer.d_in, f"{shapes}; the hook has d_in {buffer.d_in}")
     require(cfg.d_sae in (None, sae.d_sae), f"--d-sae {cfg.d_sae}: {shapes}")
-    require(cfg.k in (None, sae.k) and (sae.k or 0) <= sae.d_sae, f"--k {cfg.k}: {shapes}")
+    require(cfg.k in (None, sae.k), f"--k {cfg.k}: {shapes}")
+    require(sae.k is None or sae.k <= sae.d_sae, f"--k: {shapes}")
     require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: {shapes}, and k replaces L1")
     for i in cfg.features:
         require(0 <= i < sae.d_sae, f"--features {i}: {shapes}")
