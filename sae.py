@@ -418,13 +418,13 @@ def train(cfg, sae, buffer):
         else:
             sae.b_dec.data = x.mean(0)
 
-    # Found by trial (see the README): the best rate falls with the number of features and,
-    # beyond 1,500 steps, with that of steps; the same L0 then takes a larger L1.
-    longer = max(1.0, cfg.steps / 1500)
-    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
+    # Found by trial (see the README): the best rate falls with the number of features and
+    # with that of steps; to end at about the same L0, L1 rises with the latter.
+    length = max(0.3, cfg.steps / 1500)
+    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / length ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
-        l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 5)
+        l1 = 0.0 if sae.k else 0.07 * x_norm * length ** (1 / 5)
     one_of_x = x_norm / sae.d_in ** 0.5  # the typical size of one of x's numbers
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)  # one that is silent for so long is dead
