@@ -418,9 +418,9 @@ def train(cfg, sae, buffer):
         else:
             sae.b_dec.data = x.mean(0)
 
-    # Found by trial (see the README): the best rate falls with the number of features and
-    # with that of steps; to end at about the same L0, L1 rises with the latter.
-    length = max(0.3, cfg.steps / 1500)
+    # Found by trial (see the README): the best rate falls with the number of features and,
+    # beyond 1,500 steps, with that of steps; the same L0 then takes a larger L1.
+    length = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / length ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
