@@ -241,8 +241,8 @@ def test_rows_begin_with_bos_and_pack_the_texts_without_padding(home, tokenizer)
 def numbered(folder, more=()):
     """A data set of 40 rows of 1,024 ready-made tokens, no two the same, and then `more`."""
     tokens = torch.arange(40 * 1024).view(40, 1024).tolist()
-    Dataset.from_dict({"input_ids": [*tokens, *more]}).to_parquet(folder / "numbered.parquet")
-    return str(folder / "numbered.parquet")
+    Dataset.from_dict({"input_ids": [*tokens, *more]}).to_json(folder / "numbered.jsonl")
+    return str(folder / "numbered.jsonl")
 
 def test_ready_made_tokens_are_cut_with_bos_in_the_place_of_the_first(tokenizer, tmp_path):
     data = numbered(tmp_path, [None, [], [*range(50)]])  # these three are passed over
@@ -310,9 +310,9 @@ def test_too_little_data_is_an_error_not_an_endless_loop(text, tokenizer, tmp_pa
         return real(*args)
 
     monkeypatch.setattr(S, "all_rows", all_rows)
-    Dataset.from_dict({"text": [text, text]}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"text": [text, text]}).to_json(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="too short"):
-        next(S.token_rows(str(tmp_path / "a.parquet"), tokenizer))
+        next(S.token_rows(str(tmp_path / "a.jsonl"), tokenizer))
 
 def test_one_long_text_takes_little_longer_than_its_tokenizer(tokenizer, tmp_path):
     text = (" ".join(WORDS) + "\n") * 15_000                                 # 1.3 MB
@@ -966,8 +966,8 @@ def bad(tmp_path_factory):
     (folder / "PARTLY" / "1.jsonl").write_text('{"text": "the cat"}')
     (folder / "PARTLY" / "2.jsonl").write_text('{"text": "the ca')
     tokens = torch.randint(2, 50000, (200, 128)).tolist()
-    Dataset.from_dict({"tokens": tokens}).to_parquet(folder / "BEYOND.parquet")
-    Dataset.from_dict({"words": ["the cat"]}).to_parquet(folder / "COLUMNS.parquet")
+    Dataset.from_dict({"tokens": tokens}).to_json(folder / "BEYOND.jsonl")
+    Dataset.from_dict({"words": ["the cat"]}).to_json(folder / "COLUMNS.jsonl")
     make_sae().save(folder / "MISFIT")
     make_sae(d_in=64).save(folder / "FITS")
     make_sae(d_in=64).save(folder / "GATED")
@@ -982,8 +982,8 @@ def bad(tmp_path_factory):
     ("--k 4 --l1 1", "--l1"), ("--k 99", "99"), ("--d-sae 0", "--d-sae"),
     ("--model /nowhere/model", "/nowhere/model"), ("--dataset nowhere-*.txt", "nowhere-*.txt"),
     ("--dataset /nowhere.txt", "/nowhere.txt"), ("--dataset EMPTY", "short"),
-    ("--dataset SHORT", "short"), ("--dataset COLUMNS.parquet", "COLUMNS"),
-    ("--dataset BEYOND.parquet", "BEYOND"), ("--dataset PARTLY", "PARTLY"),
+    ("--dataset SHORT", "short"), ("--dataset COLUMNS.jsonl", "COLUMNS"),
+    ("--dataset BEYOND.jsonl", "BEYOND"), ("--dataset PARTLY", "PARTLY"),
     ("--hook blocks.1.mlp.hook_pots", "blocks.1.mlp.hook_post"),
     ("--hook blocks.9.mlp.hook_post", "blocks.1.mlp.hook_post"),
     ("--hook blocks.1.attn.hook_pattern", "a vector for each token"),
