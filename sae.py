@@ -110,8 +110,10 @@ def open_dataset(name):
     pattern = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
         pattern = sysconfig.get_path("stdlib") + "/*.py"
-    elif os.path.exists(pattern):  # a path, in which * and [ are not a pattern
-        pattern = glob.escape(pattern) + ("/**" if os.path.isdir(pattern) else "")
+    elif os.path.isdir(pattern):  # escape: in a path, * and [ are just characters
+        pattern = glob.escape(pattern) + "/**"
+    elif os.path.isfile(pattern):
+        pattern = glob.escape(pattern)
     files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     files = [glob.escape(file) for file in files]  # load_dataset takes patterns, too
     if not files:
@@ -219,8 +221,11 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        self.rows_at_once = 128 if probe.is_cuda else 16  # 16 suit a CPU's cache
-        dtype = torch.bfloat16 if probe.is_cuda else torch.float32
+        self.rows_at_once = 16  # suits a CPU's cache
+        dtype = torch.float32
+        if probe.is_cuda:
+            self.rows_at_once = 128
+            dtype = torch.bfloat16
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
         # `order` is a random permutation of its slots, the order in which they are served.
@@ -242,7 +247,8 @@ class ActivationBuffer:
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
             self.store[slots] = act[:len(slots)].to(self.store.dtype)
-        self.order = torch.randperm(len(self.store)).to(self.order.device)
+        order = torch.randperm(len(self.store))  # on the CPU: the same on every device
+        self.order = order.to(self.order.device)
         self.served = 0
 
     def next(self):
@@ -420,11 +426,11 @@ def train(cfg, sae, buffer):
 
     # Found by trial (see the README): the best rate falls with the number of features and,
     # beyond 1,500 steps, with that of steps; the same L0 then takes a larger L1.
-    length = max(1.0, cfg.steps / 1500)
-    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / length ** (1 / 3)
+    longer = max(1.0, cfg.steps / 1500)
+    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
-        l1 = 0.0 if sae.k else 0.07 * x_norm * length ** (1 / 5)
+        l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 5)
     one_of_x = x_norm / sae.d_in ** 0.5  # the typical size of one of x's numbers
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)  # one that is silent for so long is dead
@@ -572,7 +578,9 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
                    highlight=False, markup=False, emoji=False)
     page.print(title, style="bold")
     for name, value in metrics.items():
-        page.print(f"{name:>14}  {value if value is None else round(value, 4)}")
+        if value is not None:
+            value = round(value, 4)
+        page.print(f"{name:>14}  {value}")
     norms = sae.W_dec.norm(dim=-1)
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
