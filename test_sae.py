@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
