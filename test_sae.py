@@ -509,7 +509,7 @@ def test_a_tiny_overfit_finds_the_dictionary_that_made_the_data(tmp_path):
     torch.manual_seed(0)
     truth = F.normalize(torch.randn(64, 32), dim=-1)
     codes = torch.zeros(256, 64).scatter(1, torch.rand(256, 64).topk(2).indices, 1.0)
-    x = (codes * (0.5 + torch.rand(256, 64))) @ truth                        # [256, 32]
+    x = (codes * (0.5 + torch.rand(256, 64))) @ truth + 1                    # [256, 32], mean 1
     sae = S.SparseAutoencoder(32, 128)
     S.train(S.Config(steps=2000, l1=0.02, lr=3e-3, out=str(tmp_path)), sae, Points(x))
     assert fvu_of(sae, x) < 0.02
