@@ -198,7 +198,7 @@ def get_activations(model, hook, tokens):
         raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
-    if act.ndim < 3 or act.shape[:2] != tokens.shape:
+    if act.shape[:2] != tokens.shape:
         raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
     return act.flatten(2).float()  # attention heads, if any, are concatenated
 
@@ -467,7 +467,6 @@ def train(cfg, sae, buffer):
             dead = silent >= patience  # [d_sae]
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
-                silent[dead] = 0
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
