@@ -26,7 +26,6 @@ from difflib import get_close_matches
 from io import StringIO
 from itertools import islice
 from pathlib import Path
-from time import time
 
 import torch
 import torch.nn.functional as F
@@ -110,12 +109,11 @@ def open_dataset(name):
     pattern = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
         pattern = sysconfig.get_path("stdlib") + "/*.py"
-    elif os.path.isdir(pattern):  # escape: in a path, * and [ are just characters
+    elif os.path.isdir(pattern):
         pattern = glob.escape(pattern) + "/**"
-    elif os.path.isfile(pattern):
-        pattern = glob.escape(pattern)
-    files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    files = [glob.escape(file) for file in files]  # load_dataset takes patterns, too
+    files = {pattern, *glob.glob(pattern, recursive=True)}  # itself, too: notes[1].txt
+    files = sorted(filter(os.path.isfile, files))
+    files = [glob.escape(file) for file in files]  # load_dataset also takes patterns
     if not files:
         name, subset, split = (name + "::").split(":")[:3]  # "a:b" -> "a", "b", ""
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
@@ -221,11 +219,9 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        self.rows_at_once = 16  # suits a CPU's cache
-        dtype = torch.float32
-        if probe.is_cuda:
-            self.rows_at_once = 128
-            dtype = torch.bfloat16
+        self.rows_at_once = 64
+        # On a GPU, where memory is short, in the model's own precision.
+        dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
         # `order` is a random permutation of its slots, the order in which they are served.
@@ -401,28 +397,32 @@ def schedule(step, steps):
 
     return warm_up * decay, warm_up * (1 + decay) / 2, k_factor
 
-def train(cfg, sae, buffer):
-    """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    # Adam moves each number by about the learning rate. If x doubles, the weights stay as
-    # they are, but the biases double: their rate is scaled by one_of_x (below).
-    weights = {"params": [sae.W_enc, sae.W_dec]}
-    biases = {"params": [sae.b_enc, sae.b_dec]}
-    adam = torch.optim.Adam([weights, biases], betas=(0.9, 0.99), fused=True)
+def begin(cfg, sae, adam, buffer):
+    """Sets up a new run, or takes up an old one -> steps done, x_norm"""
     if cfg.resume:
         done, x_norm = load_checkpoint(cfg, sae, adam)
         for _ in tqdm(range(done * cfg.batch_size // buffer.per_row), "skipping old rows"):
             next(buffer.rows)
+        return done, x_norm
+
+    # x_norm is the typical length of x around its mean. (A median: a few can be huge.)
+    x = buffer.next()  # [batch, d_in]
+    x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
+    rounding_error = 1e-5 * x.norm(dim=-1).median()
+    usable = rounding_error < x_norm < math.inf  # False for nan
+    require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
+    if cfg.load:
+        move_lengths_to_encoder(sae)
     else:
-        done = 0
-        x = buffer.next()  # [batch, d_in]
-        x_norm = (x - x.mean(0)).norm(dim=-1).median().item()  # typical: some are huge
-        rounding_error = 1e-5 * x.norm(dim=-1).median()
-        usable = rounding_error < x_norm < math.inf  # False for nan
-        require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
-        if cfg.load:
-            move_lengths_to_encoder(sae)
-        else:
-            sae.b_dec.data = x.mean(0)
+        sae.b_dec.data = x.mean(0)
+    return 0, x_norm
+
+def train(cfg, sae, buffer):
+    """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
+    groups = [[sae.W_enc], [sae.W_dec], [sae.b_enc, sae.b_dec]]  # for `rates`, below
+    groups = [{"params": group} for group in groups]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    done, x_norm = begin(cfg, sae, adam, buffer)
 
     # Found by trial (see the README): the best rate falls with the number of features and,
     # beyond 1,500 steps, with that of steps; the same L0 then takes a larger L1.
@@ -431,9 +431,18 @@ def train(cfg, sae, buffer):
     l1 = cfg.l1
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 5)
-    one_of_x = x_norm / sae.d_in ** 0.5  # the typical size of one of x's numbers
+
+    # Adam moves each number by about its rate. If x doubles, the weights stay, but the
+    # biases double, and so must their rate: it is in units of one of x's numbers.
+    rates = [1.0, 1.0, x_norm / sae.d_in ** 0.5]  # of W_enc, of W_dec, of the biases
+    if sae.k:
+        # A step that takes a feature below the threshold for all x is its last: no
+        # gradient brings it back. In smaller steps of W_enc, few features die.
+        rates[0] = 0.5
+
+    # A feature that is silent for a twentieth of the run is dead.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
-    patience = max(10, cfg.steps // 20)  # one that is silent for so long is dead
+    patience = max(10, cfg.steps // 20)
 
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
@@ -442,8 +451,8 @@ def train(cfg, sae, buffer):
 
             # The rates, L1 weight and number of features of this step.
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
-            adam.param_groups[0]["lr"] = lr * lr_factor
-            adam.param_groups[1]["lr"] = lr * lr_factor * one_of_x
+            for group, rate in zip(adam.param_groups, rates):
+                group["lr"] = lr * lr_factor * rate
             x = buffer.next()  # [batch, d_in]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
@@ -543,8 +552,8 @@ def visible(tokenizer, tokens):
             text = "…"
         else:
             begun = []
-        text = text.replace(" ", "·").replace("\n", "↵")
-        strings.append("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text))
+        text = repr(text)[1:-1]  # as Python writes it: a line break is \n
+        strings.append(text.replace(" ", "·"))
     return strings
 
 def logit_effect(model, hook, direction):
@@ -702,10 +711,26 @@ def load_checkpoint(cfg, sae, adam):
         adam.load_state_dict(state["adam"])
         return state["done"], state["x_norm"]
 
+def check_model(cfg, model, rows):
+    near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
+    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: none; near it are {near}")
+    require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
+    known = rows.max() < model.cfg.d_vocab
+    require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
+
+def check_sae(cfg, sae, d_in):
+    shapes = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
+    require(sae.d_in == d_in, f"{shapes}; the hook has d_in {d_in}")
+    require(cfg.d_sae in (None, sae.d_sae), f"--d-sae {cfg.d_sae}: {shapes}")
+    require(cfg.k in (None, sae.k), f"--k {cfg.k}: {shapes}")
+    require(sae.k is None or sae.k <= sae.d_sae, f"--k: {shapes}")
+    require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: {shapes}, and k replaces L1")
+    for i in cfg.features:
+        require(0 <= i < sae.d_sae, f"--features {i}: {shapes}")
+
 # ---- All of it, in order -------------------------------------------------------------
 
 def run(cfg):
-    began = time()
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     require(alone, "it trains in one process: start it without torchrun")
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
@@ -717,13 +742,9 @@ def run(cfg):
 
     # The language model, and the rows that are held out.
     model = load_model(cfg.model, device)
-    near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
-    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: none; near it are {near}")
-    require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
     rows = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
     rows = torch.tensor(list(islice(rows, cfg.held_out)), device=device)  # [n, seq_len]
-    known = rows.max() < model.cfg.d_vocab
-    require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
+    check_model(cfg, model, rows)
 
     # A buffer of activations of the other rows, and the autoencoder.
     stream = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len)
@@ -733,24 +754,17 @@ def run(cfg):
         sae = SparseAutoencoder.load(cfg.load)
     else:
         sae = SparseAutoencoder(buffer.d_in, cfg.d_sae or 8 * buffer.d_in, cfg.k)
-    shapes = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
-    require(sae.d_in == buffer.d_in, f"{shapes}; the hook has d_in {buffer.d_in}")
-    require(cfg.d_sae in (None, sae.d_sae), f"--d-sae {cfg.d_sae}: {shapes}")
-    require(cfg.k in (None, sae.k), f"--k {cfg.k}: {shapes}")
-    require(sae.k is None or sae.k <= sae.d_sae, f"--k: {shapes}")
-    require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: {shapes}, and k replaces L1")
-    for i in cfg.features:
-        require(0 <= i < sae.d_sae, f"--features {i}: {shapes}")
+    check_sae(cfg, sae, buffer.d_in)
+    sae.to(device)
 
     # Train it, measure it, look at it.
-    sae.to(device)
     done = 0
     if cfg.steps:
         done = train(cfg, sae, buffer)
     else:
         sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
-    metrics.update(steps=done, tokens=done * cfg.batch_size, seconds=time() - began)
+    metrics.update(steps=done, tokens=done * cfg.batch_size)
     Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
     title = f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {sae.d_sae} features, {done} steps"
     path = Path(cfg.out, "report.html")
