@@ -9,7 +9,7 @@ tiny-1l, a small transformer in this repository. In under three minutes on two C
 
 (l0: features that fire on a token; fvu: the share of x's variance that x_hat misses.)
 
-The sections are in the order in which data flows; 4 to 6 are the SAE, what people copy:
+The sections are in the order in which data flows; 4 to 6, the SAE, are what people copy:
 1 Config, 2 Data, 3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training,
 7 Evaluation, 8 Looking at features, 9 Saving and loading (skip it at first), main.
 """
@@ -37,22 +37,22 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge  # ex-HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge  # was HookedTransformer
 
 def require(condition, message):
-    """For what a user can put right: main() prints the message without a traceback."""
+    """For a user's mistakes: main() prints the message, without a traceback."""
     if not condition:
         raise ValueError(message)
 
 @contextmanager
 def blame(what):
-    """Puts the flag or file that is to blame in front of an error from inside a library."""
+    """`with blame("--dataset x"):` puts that in front of the message of any error inside."""
     try:
         yield
     except Exception as error:
         raise ValueError(f"{what}: {error}") from error
 
-# ---- 1. Config: every field is a flag; its comment is the help text -----------------
+# ---- 1. Config: every field is a flag; its comment is the help text (tyro reads it) --
 
 @dataclass
 class Config:
@@ -62,7 +62,7 @@ class Config:
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
-    d_sae: int | None = None  # number of features; by default 8 x d_in, as the paper's A/1
+    d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper's A/1
     l1: float | None = None  # weight of the L1 term; by default from the activations' norms
     k: int | None = None  # features per token, on average (BatchTopK), in place of L1
 
@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) in (int, float):  # not None, and not True
+            if type(value) in (int, float):  # not None, True or a text
                 may_be_0 = name in ("steps", "l1", "seed")
                 in_range = 0 < value < math.inf or (value == 0 and may_be_0)
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
@@ -111,7 +111,8 @@ def open_dataset(name):
         pattern = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(pattern):
         pattern = glob.escape(pattern) + "/**"
-    files = {pattern, *glob.glob(pattern, recursive=True)}  # itself, too: notes[1].txt
+    # The name as it stands, too: to glob, notes[1].txt is a pattern, for notes1.txt.
+    files = {pattern, *glob.glob(pattern, recursive=True)}
     files = sorted(filter(os.path.isfile, files))
     files = [glob.escape(file) for file in files]  # load_dataset also takes patterns
     if not files:
@@ -126,7 +127,8 @@ def open_dataset(name):
                         sample_by="document", encoding_errors="replace")
 
 def all_rows(dataset, tokenizer, seq_len):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, always in one order.
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order each
+    time (the seed of the shuffle is fixed), so that the same rows stay held out.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
     first replication: 1,024 into 8 x 128, the first token of each overwritten by BOS."""
@@ -135,20 +137,21 @@ def all_rows(dataset, tokenizer, seq_len):
     require(eos is not None, "the tokenizer has no EOS")
     packed = []
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
+        text = example.get("text")
         tokens = example.get("tokens") or example.get("input_ids")
-        if isinstance(example.get("text"), str):
-            # A text that contains the characters <|endoftext|> must not become that token.
-            ids = tokenizer(example["text"], add_special_tokens=False,
-                            split_special_tokens=True)["input_ids"]
-            packed += ids + [eos]
-            end = len(packed) - len(packed) % (seq_len - 1)
+        if isinstance(text, str):
+            # A text that contains the characters <|endoftext|> must not become that
+            # token.
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            packed += ids["input_ids"] + [eos]
+            end = len(packed) - len(packed) % (seq_len - 1)  # the rest waits for more
             for i in range(0, end, seq_len - 1):
                 yield [bos] + packed[i:i + seq_len - 1]
             packed = packed[end:]
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
-        else:  # an empty example is skipped, but a column has to be there
+        else:  # this example is empty, and skipped, if it has such a column at all
             found = {"text", "tokens", "input_ids"}.intersection(example)
             require(found, f"no column text or tokens, but {list(example)}")
 
@@ -156,7 +159,7 @@ def all_rows(dataset, tokenizer, seq_len):
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, for ever; or, once, those that are held out: every 32nd."""
     while True:
-        n = 0
+        n = 0  # the number of the last row
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
                 is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
@@ -172,7 +175,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
 def load_model(name, device="cpu"):
     """A frozen TransformerBridge. On a GPU in bfloat16: half the memory, and faster."""
     dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
-    boot = TransformerBridge.boot_transformers
+    boot = TransformerBridge.boot_transformers  # any model that transformers can load
     if name == "gelu-1l":
         name = "NeelNanda/GELU_1L512W_C4_Code"
         boot = TransformerBridge.boot_tl_legacy  # a checkpoint of an early TransformerLens
@@ -188,8 +191,10 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
+    # run_with_cache would compute the whole model, the logits, too. An exception,
+    # caught just below, ends the forward pass as soon as the hook is reached.
     def stop(act, hook):
-        raise Reached(act)  # caught just below; the layers above are never computed
+        raise Reached(act)
 
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
@@ -204,10 +209,10 @@ def get_activations(model, hook, tokens):
 
 # Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] in random order, none of them twice.
+    """Serves activations [batch_size, d_in] in random order, each of them once.
 
-    Those of one text are alike, and a gradient wants variety: a batch is drawn from all
-    over the buffer. When half of it has been served, that half is refilled.
+    The activations of one text are alike, and a batch should be varied: it is drawn from
+    all over the buffer. When half of the buffer has been served, that half is refilled.
 
     get_activations: from tokens [rows, seq_len] to activations [rows, seq_len, d_in]
     rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
@@ -216,17 +221,17 @@ class ActivationBuffer:
         self.get_activations = get_activations
         self.rows = rows
         self.batch_size = batch_size
-        probe = get_activations(torch.tensor([next(rows)], device=device))
+        probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
         self.rows_at_once = 64
         # On a GPU, where memory is short, in the model's own precision.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
-        # `order` is a random permutation of its slots, the order in which they are served.
-        # order[:served] have been served and may be overwritten. At the start all count as
-        # served, so the first next() fills everything.
+        # Nothing in `store` ever moves: shuffling it would take its memory twice.
+        # Instead refill() draws `order`, a random order in which its slots are served.
+        # The slots order[:served] have been served and may be overwritten: at the start
+        # all of them, so the first next() fills everything.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -235,8 +240,8 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # In chunks that rows_at_once rows fill. The last chunk may end in the middle of a
-        # row; the rest of that row is dropped.
+        # Chunk by chunk, each as large as the activations of rows_at_once rows. The
+        # last one may need only a part of its last row.
         for slots in self.order[:self.served].split(self.rows_at_once * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -277,20 +282,23 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. Why 0.3: (x @ d) d, for a random unit
-        # vector d, averages x / d_in; half of 8 d_in features fire at first; and so
-        # x_hat = 4 d_in * 0.3 * x / d_in = 1.2 x begins near x.
+        # A feature begins by reading what it writes. With d_sae = 8 d_in, half of which
+        # fire at first, 0.3 makes x_hat begin near x: averaged over random unit vectors
+        # d, (x @ d) d is x / d_in, and 4 d_in of these, times 0.3, make 1.2 x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # ours are all equal
+        # One for each feature, as in SAELens's files. Those trained here are all equal.
+        self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written plainly, autograd would compute the gradient of x - b_dec, [batch, d_in],
-        # by one more large matrix product, only to sum it over the batch. So b_dec is a
-        # constant there. `zero` has the value 0, but the gradient that b_dec should have.
-        # (x @ W_enc - b_dec @ W_enc would do, too, but loses digits where x is far from 0.)
+        # The same value and gradients, in five of six large matrix products. The sixth,
+        # as autograd sees it: the gradient of x - b_dec, [batch, d_in], which is only
+        # needed summed over the batch, for b_dec. So b_dec is a constant in x - b_dec,
+        # and `zero` has the value 0 but the gradient of b_dec (and none for W_enc: it
+        # multiplies a 0). (x @ W_enc - b_dec @ W_enc would do, too, but loses digits
+        # where x is far from 0.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -312,7 +320,7 @@ class SparseAutoencoder(torch.nn.Module):
         """For training: x [batch, d_in] -> loss, x_hat [batch, d_in], f [batch, d_sae]
 
         Both terms are means over the batch, so l1 means the same at any batch size. (The
-        first replication sums the second: its 3e-4 at batch 4,096 is 1.23 here.)"""
+        first replication sums the L1 term: its 3e-4 at batch 4,096 is 1.23 here.)"""
         x_hat, f = self(x)
         squared_error = (x_hat - x).pow(2).sum(-1).mean()
         sparsity = f.sum(-1).mean()  # the L1 norm: f is never negative
@@ -320,14 +328,15 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves it a tenth of the way (for one batch is noisy) to the value that k features
-        per token of x [n, d_in] pass. It has no gradient."""
+        """Moves the threshold to the value that k features per token of x [n, d_in] pass: a
+        tenth of the way, for one batch is noisy. (No gradient trains it.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
 
-    # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
-    # same x_hat. A training step is: project_gradient, optimizer.step, normalize.
+    # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double
+    # W_dec, same x_hat. A training step is: project_gradient, optimizer.step,
+    # normalize.
 
     @torch.no_grad()
     def project_gradient(self):
@@ -340,8 +349,8 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize(self):
         """After step(): a step at a right angle to a row lengthens it (Pythagoras), so all
-        rows are brought back to length 1. The first replication lacked this half, and
-        later had it before step(): all that was evaluated or saved was one step off."""
+        rows are brought back to length 1. The first replication did not do this at first,
+        and later did it before step(): what it evaluated and saved was one step off."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -353,8 +362,8 @@ def resample(sae, adam, dead, x):
     "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
-    # Draw examples by the square of their loss. None weighs more than 100 typical ones: a
-    # few tokens of a residual stream are huge, and would take every dead feature.
+    # Draw examples by the square of their loss. None weighs more than 100 typical ones:
+    # a few tokens of a residual stream are huge, and would take every dead feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2)
@@ -362,8 +371,9 @@ def resample(sae, adam, dead, x):
     drawn = torch.multinomial(weight, int(dead.sum()), replacement=True)
     direction = F.normalize(error[drawn], dim=-1)  # [n_dead, d_in]
 
-    # A feature writes what was missing, and reads what it writes. Its encoder has 0.2 of
-    # the others' mean length, as in the paper; with k all of it, to pass the threshold.
+    # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
+    # of the others' mean length, as in the paper. With k it has the whole of it:
+    # shorter, it would not pass the threshold.
     length = 1.0 if sae.k else 0.2
     if not dead.all():
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
@@ -371,7 +381,7 @@ def resample(sae, adam, dead, x):
     sae.W_enc[:, dead] = length * direction.T
     sae.b_enc[dead] = 0.0
     if not sae.k:
-        sae.threshold[dead] = 0.0  # it is not 0 where --load brought another one
+        sae.threshold[dead] = 0.0  # no other than 0 but in a jumprelu SAE from --load
 
     # Adam forgets where the old features were going.
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -398,17 +408,19 @@ def schedule(step, steps):
     return warm_up * decay, warm_up * (1 + decay) / 2, k_factor
 
 def begin(cfg, sae, adam, buffer):
-    """Sets up a new run, or takes up an old one -> steps done, x_norm"""
+    """Starts a run, or resumes one -> steps done, x_norm"""
     if cfg.resume:
         done, x_norm = load_checkpoint(cfg, sae, adam)
-        for _ in tqdm(range(done * cfg.batch_size // buffer.per_row), "skipping old rows"):
+        used = done * cfg.batch_size // buffer.per_row  # rows, roughly
+        for _ in tqdm(range(used), "skipping old rows"):
             next(buffer.rows)
         return done, x_norm
 
-    # x_norm is the typical length of x around its mean. (A median: a few can be huge.)
+    # x_norm is the typical distance of x from its mean. (The median: a few can be
+    # huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    rounding_error = 1e-5 * x.norm(dim=-1).median()
+    rounding_error = 1e-5 * x.norm(dim=-1).median()  # all that is left if all x are alike
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
     if cfg.load:
@@ -419,25 +431,28 @@ def begin(cfg, sae, adam, buffer):
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    groups = [[sae.W_enc], [sae.W_dec], [sae.b_enc, sae.b_dec]]  # for `rates`, below
-    groups = [{"params": group} for group in groups]
+    params = [[sae.W_enc], [sae.W_dec], [sae.b_enc, sae.b_dec]]  # see `rates`, below
+    groups = [{"params": group} for group in params]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     done, x_norm = begin(cfg, sae, adam, buffer)
 
-    # Found by trial (see the README): the best rate falls with the number of features and,
-    # beyond 1,500 steps, with that of steps; the same L0 then takes a larger L1.
+    # Found by trial (see the README): the best rate falls with the number of features
+    # and, beyond 1,500 steps, with the number of steps; the same L0 then takes a larger
+    # L1.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
-        l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 5)
+        l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
 
-    # Adam moves each number by about its rate. If x doubles, the weights stay, but the
-    # biases double, and so must their rate: it is in units of one of x's numbers.
+    # Adam moves each number by about its rate, however large the gradient. If x
+    # doubles, the weights should stay as they are, but the biases double. So their rate
+    # is that of the weights, times the typical size of one of the d_in numbers in x.
     rates = [1.0, 1.0, x_norm / sae.d_in ** 0.5]  # of W_enc, of W_dec, of the biases
     if sae.k:
-        # A step that takes a feature below the threshold for all x is its last: no
-        # gradient brings it back. In smaller steps of W_enc, few features die.
+        # The threshold is high, and a step that takes a feature below it for all x is
+        # its last: no gradient brings it back. In smaller steps of W_enc, few features
+        # die.
         rates[0] = 0.5
 
     # A feature that is silent for a twentieth of the run is dead.
@@ -461,7 +476,9 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            fired = sae.b_enc.grad != 0  # [d_sae]: where f is 0 it passes no gradient
+            # f passes gradients only where it is not 0: as (f > 0).any(0), but for
+            # free.
+            fired = sae.b_enc.grad != 0  # [d_sae]
 
             # The unit-norm rule: project, step, normalize. In this order.
             sae.project_gradient()
@@ -486,7 +503,7 @@ def train(cfg, sae, buffer):
 
             if done % cfg.save_every == 0 and done < cfg.steps:
                 save_checkpoint(cfg, sae, adam, done, x_norm)
-    except KeyboardInterrupt:  # then what there is is saved, measured and shown
+    except KeyboardInterrupt:  # what has been trained so far is saved, measured, shown
         if done == 0:
             raise
         sae.normalize()  # Ctrl-C may have come between step and normalize
@@ -524,12 +541,12 @@ def evaluate(model, hook, sae, rows):
             total += F.cross_entropy(logits, following, reduction="sum").item()
         return total / rows[:, 1:].numel()
 
-    ce = cross_entropy(lambda x: x)
+    ce = cross_entropy(lambda x: x)  # nothing replaced
     ce_sae = cross_entropy(lambda x: sae(x)[0])
     ce_zero = cross_entropy(lambda x: torch.zeros_like(x))
     ce_mean = cross_entropy(lambda x: mean.expand_as(x))
     recovered = None
-    if ce_zero - ce > 0.01:  # or else zeros are as good as x, and nothing can be recovered
+    if ce_zero - ce > 0.01:  # otherwise zeros are as good as x: there is nothing to recover
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
     fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
     dead = (fired == 0).float().mean()
@@ -548,7 +565,8 @@ def visible(tokenizer, tokens):
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        if text.endswith("\ufffd") and len(begun) < 4:  # a part of one: it has up to 4 bytes
+        # \ufffd: not yet a whole character. (None has more than 4 bytes.)
+        if text.endswith("\ufffd") and len(begun) < 4:
             text = "…"
         else:
             begun = []
@@ -557,15 +575,16 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] on the
-    direct path, up to the scale of the last LayerNorm. None where there is no such path."""
+    """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] directly,
+    not through later layers. Only its sign and order count: the last LayerNorm rescales it.
+    None where a hook does not write into the residual stream."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
     elif not ("resid" in hook or hook.endswith("_out")):
         return None
     direction = direction.to(model.cfg.dtype)
-    biases = model.unembed(model.ln_final(0 * direction))  # what is there without it
+    biases = model.unembed(model.ln_final(0 * direction))  # the logits of no direction
     return (model.unembed(model.ln_final(direction)) - biases).float()
 
 def example(strings, f):
@@ -593,7 +612,7 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("How many features fire on this share of the tokens, and up to the next")
+    page.print("How many features fire on at least this share of tokens, and less than the next")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
@@ -655,7 +674,8 @@ def save_sae(sae, folder, **metadata):
     Path(folder, "cfg.json").write_text(json.dumps(cfg))
     write(Path(folder, "sae_weights.safetensors"), save_file, weights)
 
-# Settings of SAELens that this file implements. With any other, numbers would be wrong.
+# SAELens has more options. These values mean "nothing unusual", which is what is
+# computed here; with any other, the numbers would be wrong.
 COMPUTED = dict(
     normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True,
     rescale_acts_by_decoder_norm=False, finetuning_scaling_factor=False,
@@ -675,15 +695,16 @@ def load_sae(cls, source):
             weights = torch.load(file, map_location="cpu", weights_only=True)
         kind = cfg.get("architecture", "standard")
         require(kind in ("standard", "jumprelu"), f"{kind} is not read, only standard and "
-                "jumprelu (as which SAELens saves a trained batchtopk)")
+                "jumprelu. (SAELens saves a trained batchtopk as jumprelu.)")
         for name, value in COMPUTED.items():
-            said = cfg.get(name, value)
-            require(said in (value, None), f"{name} {said} is not computed here")
+            found = cfg.get(name, value)
+            require(found in (value, None), f"{name} {found} is not computed here")
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         sae.load_state_dict({"threshold": sae.threshold, **weights})
         sae.threshold.clamp_(min=0)  # as in SAELens, where a ReLU comes first
         return sae
 
+# Attached here, so that section 5 holds the mathematics alone.
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
@@ -736,7 +757,7 @@ def run(cfg):
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {cfg.device}"):
+    with blame(f"--device {cfg.device}"):  # by trying it
         device = str(torch.zeros(1, device=cfg.device or best).device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
@@ -762,7 +783,7 @@ def run(cfg):
     if cfg.steps:
         done = train(cfg, sae, buffer)
     else:
-        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)
+        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)  # in our format
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics.update(steps=done, tokens=done * cfg.batch_size)
     Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -775,10 +796,10 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # characters that it cannot print
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
-    except (OSError, ValueError) as error:  # what a user can put right
+    except (OSError, ValueError) as error:  # a user's mistakes
         print("sae.py:", *str(error).split(), file=sys.stderr)  # on one line
         sys.exit(2)
-    except KeyboardInterrupt:  # not in the training steps: nothing to save
+    except KeyboardInterrupt:  # outside the training loop: nothing to save
         sys.exit("sae.py: stopped")
 
 if __name__ == "__main__":
