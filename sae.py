@@ -140,8 +140,7 @@ def all_rows(dataset, tokenizer, seq_len):
         text = example.get("text")
         tokens = example.get("tokens") or example.get("input_ids")
         if isinstance(text, str):
-            # A text that contains the characters <|endoftext|> must not become that
-            # token.
+            # The characters <|endoftext|> in a text must not become that token.
             ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             packed += ids["input_ids"] + [eos]
             end = len(packed) - len(packed) % (seq_len - 1)  # the rest waits for more
@@ -225,7 +224,7 @@ class ActivationBuffer:
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
         self.rows_at_once = 64
-        # On a GPU, where memory is short, in the model's own precision.
+        # On a GPU, whose memory is short, in the model's precision.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice.
@@ -293,12 +292,10 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The same value and gradients, in five of six large matrix products. The sixth,
-        # as autograd sees it: the gradient of x - b_dec, [batch, d_in], which is only
-        # needed summed over the batch, for b_dec. So b_dec is a constant in x - b_dec,
-        # and `zero` has the value 0 but the gradient of b_dec (and none for W_enc: it
-        # multiplies a 0). (x @ W_enc - b_dec @ W_enc would do, too, but loses digits
-        # where x is far from 0.)
+        # The same value and gradients, but a training step has five large matrix products
+        # and not six. The sixth is the gradient of x - b_dec, [batch, d_in], which b_dec
+        # only needs summed over the batch. So b_dec is a constant there, and `zero`, of
+        # value 0, carries its gradient (and none to W_enc, which it multiplies by 0).
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -334,15 +331,13 @@ class SparseAutoencoder(torch.nn.Module):
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
 
-    # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double
-    # W_dec, same x_hat. A training step is: project_gradient, optimizer.step,
-    # normalize.
+    # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
+    # same x_hat. A training step is: project_gradient, optimizer.step, normalize.
 
     @torch.no_grad()
     def project_gradient(self):
         """Before step(): takes out the part of each row's gradient that could only change
-        the row's length. Left in, it would build up in Adam's moments and distort later
-        steps."""
+        its length. Left in, it would build up in Adam's moments and distort later steps."""
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
 
@@ -416,8 +411,7 @@ def begin(cfg, sae, adam, buffer):
             next(buffer.rows)
         return done, x_norm
 
-    # x_norm is the typical distance of x from its mean. (The median: a few can be
-    # huge.)
+    # x_norm is the typical distance of x from its mean. (A median: some are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
     rounding_error = 1e-5 * x.norm(dim=-1).median()  # all that is left if all x are alike
@@ -437,8 +431,7 @@ def train(cfg, sae, buffer):
     done, x_norm = begin(cfg, sae, adam, buffer)
 
     # Found by trial (see the README): the best rate falls with the number of features
-    # and, beyond 1,500 steps, with the number of steps; the same L0 then takes a larger
-    # L1.
+    # and, beyond 1,500 steps, of steps. The same L0 then takes a larger L1.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
@@ -451,8 +444,7 @@ def train(cfg, sae, buffer):
     rates = [1.0, 1.0, x_norm / sae.d_in ** 0.5]  # of W_enc, of W_dec, of the biases
     if sae.k:
         # The threshold is high, and a step that takes a feature below it for all x is
-        # its last: no gradient brings it back. In smaller steps of W_enc, few features
-        # die.
+        # its last: no gradient brings it back. In smaller steps of W_enc, few die.
         rates[0] = 0.5
 
     # A feature that is silent for a twentieth of the run is dead.
@@ -476,8 +468,7 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            # f passes gradients only where it is not 0: as (f > 0).any(0), but for
-            # free.
+            # f passes gradients only where it is not 0: (f > 0).any(0), but for free.
             fired = sae.b_enc.grad != 0  # [d_sae]
 
             # The unit-norm rule: project, step, normalize. In this order.
@@ -612,7 +603,7 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("How many features fire on at least this share of tokens, and less than the next")
+    page.print("How many features fire on this share of tokens or more, up to the next")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
