@@ -561,8 +561,8 @@ def visible(tokenizer, tokens):
             text = "…"
         else:
             begun = []
-        text = repr(text)[1:-1]  # as Python writes it: a line break is \n
-        strings.append(text.replace(" ", "·"))
+        text = text.replace(" ", "·").replace("\n", "↵")
+        strings.append(repr(text)[1:-1])  # a tab as \t: what does not print, as in Python
     return strings
 
 def logit_effect(model, hook, direction):
