@@ -9,7 +9,7 @@ tiny-1l, a small transformer in this repository. In under three minutes on two C
 
 (l0: features that fire on a token; fvu: the share of x's variance that x_hat misses.)
 
-The sections are in the order in which data flows; 4 to 6, the SAE, are what people copy:
+The sections are in the order in which data flows; 4 to 6 are what people copy most:
 1 Config, 2 Data, 3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training,
 7 Evaluation, 8 Looking at features, 9 Saving and loading (skip it at first), main.
 """
@@ -46,7 +46,7 @@ def require(condition, message):
 
 @contextmanager
 def blame(what):
-    """`with blame("--dataset x"):` puts that in front of the message of any error inside."""
+    """`with blame("--dataset x"):` puts that in front of the message of an error inside."""
     try:
         yield
     except Exception as error:
@@ -62,7 +62,7 @@ class Config:
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
-    d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper's A/1
+    d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
     l1: float | None = None  # weight of the L1 term; by default from the activations' norms
     k: int | None = None  # features per token, on average (BatchTopK), in place of L1
 
@@ -111,7 +111,7 @@ def open_dataset(name):
         pattern = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(pattern):
         pattern = glob.escape(pattern) + "/**"
-    # The name as it stands, too: to glob, notes[1].txt is a pattern, for notes1.txt.
+    # `pattern` itself, for a file that is really called notes[1].txt.
     files = {pattern, *glob.glob(pattern, recursive=True)}
     files = sorted(filter(os.path.isfile, files))
     files = [glob.escape(file) for file in files]  # load_dataset also takes patterns
@@ -120,7 +120,7 @@ def open_dataset(name):
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
     tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # then only they are data, not a README beside them
+    if tables:  # then other files, such as a README, are not data
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
     return load_dataset("text", data_files=files, split="train", streaming=True,
@@ -150,15 +150,15 @@ def all_rows(dataset, tokenizer, seq_len):
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
-        else:  # this example is empty, and skipped, if it has such a column at all
+        else:  # an empty example is skipped; one without such a column is a mistake
             found = {"text", "tokens", "input_ids"}.intersection(example)
             require(found, f"no column text or tokens, but {list(example)}")
 
-# Needs: all_rows, blame, require, and what all_rows needs.
+# Needs: all of section 2, require, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, for ever; or, once, those that are held out: every 32nd."""
     while True:
-        n = 0  # the number of the last row
+        n = 0  # index of the last row
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
                 is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
@@ -190,8 +190,8 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache would compute the whole model, the logits, too. An exception,
-    # caught just below, ends the forward pass as soon as the hook is reached.
+    # run_with_cache would also compute the rest of the model. An exception, caught just
+    # below, stops it here.
     def stop(act, hook):
         raise Reached(act)
 
@@ -223,14 +223,12 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        self.rows_at_once = 64
         # On a GPU, whose memory is short, in the model's precision.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves: shuffling it would take its memory twice.
-        # Instead refill() draws `order`, a random order in which its slots are served.
-        # The slots order[:served] have been served and may be overwritten: at the start
-        # all of them, so the first next() fills everything.
+        # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
+        # refill() draws `order`, a random order in which its slots are served. The slots
+        # order[:served] may be overwritten: at the start all, so next() fills everything.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -239,9 +237,8 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # Chunk by chunk, each as large as the activations of rows_at_once rows. The
-        # last one may need only a part of its last row.
-        for slots in self.order[:self.served].split(self.rows_at_once * self.per_row):
+        # In chunks of 64 rows' activations. The last may use only a part of its last row.
+        for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
@@ -270,9 +267,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average. (That
-    is BatchTopK, Bussmann et al. 2024, but they keep the k x n largest of a batch in
-    training and set a threshold afterwards. Here one threshold does both.)"""
+    With k, the threshold rises until only k features per token pass it, on average: that is
+    BatchTopK (Bussmann et al. 2024), but with one threshold for training and use."""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -281,21 +277,19 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. With d_sae = 8 d_in, half of which
-        # fire at first, 0.3 makes x_hat begin near x: averaged over random unit vectors
-        # d, (x @ d) d is x / d_in, and 4 d_in of these, times 0.3, make 1.2 x.
+        # A feature begins by reading what it writes. Of 8 d_in random directions d, half
+        # fire; their sum of (x @ d) d is about 4 x, and 0.3 brings that near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One for each feature, as in SAELens's files. Those trained here are all equal.
+        # [d_sae], as in SAELens's files; move_threshold sets all to one value.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The same value and gradients, but a training step has five large matrix products
-        # and not six. The sixth is the gradient of x - b_dec, [batch, d_in], which b_dec
-        # only needs summed over the batch. So b_dec is a constant there, and `zero`, of
-        # value 0, carries its gradient (and none to W_enc, which it multiplies by 0).
+        # Written like that, backward() has one more large matrix product: the gradient of
+        # x - b_dec, [batch, d_in]. b_dec only needs its sum over the batch, which it gets
+        # through `zero`, whose value is 0. In x - b_dec it is a constant.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -325,8 +319,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold to the value that k features per token of x [n, d_in] pass: a
-        tenth of the way, for one batch is noisy. (No gradient trains it.)"""
+        """Moves the threshold a tenth of the way (one batch is noisy) to the value that k
+        features per token of x [n, d_in] pass, on average. No gradient trains it."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -344,8 +338,7 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize(self):
         """After step(): a step at a right angle to a row lengthens it (Pythagoras), so all
-        rows are brought back to length 1. The first replication did not do this at first,
-        and later did it before step(): what it evaluated and saved was one step off."""
+        rows are brought back to length 1. (The first replication did it before step().)"""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -357,8 +350,8 @@ def resample(sae, adam, dead, x):
     "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
-    # Draw examples by the square of their loss. None weighs more than 100 typical ones:
-    # a few tokens of a residual stream are huge, and would take every dead feature.
+    # Draw examples by the square of their loss. No weight is above 100 x the median: a
+    # few tokens of a residual stream are huge, and would take every dead feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2)
@@ -376,7 +369,7 @@ def resample(sae, adam, dead, x):
     sae.W_enc[:, dead] = length * direction.T
     sae.b_enc[dead] = 0.0
     if not sae.k:
-        sae.threshold[dead] = 0.0  # no other than 0 but in a jumprelu SAE from --load
+        sae.threshold[dead] = 0.0  # already 0, unless --load read a jumprelu SAE
 
     # Adam forgets where the old features were going.
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -414,7 +407,7 @@ def begin(cfg, sae, adam, buffer):
     # x_norm is the typical distance of x from its mean. (A median: some are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    rounding_error = 1e-5 * x.norm(dim=-1).median()  # all that is left if all x are alike
+    rounding_error = 1e-5 * x.norm(dim=-1).median()  # above x_norm if all x are alike
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
     if cfg.load:
@@ -425,22 +418,21 @@ def begin(cfg, sae, adam, buffer):
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    params = [[sae.W_enc], [sae.W_dec], [sae.b_enc, sae.b_dec]]  # see `rates`, below
+    params = [[sae.W_enc], [sae.W_dec], [sae.b_enc, sae.b_dec]]  # see rates
     groups = [{"params": group} for group in params]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     done, x_norm = begin(cfg, sae, adam, buffer)
 
-    # Found by trial (see the README): the best rate falls with the number of features
-    # and, beyond 1,500 steps, of steps. The same L0 then takes a larger L1.
+    # Found by trial (see the README): more features, or more than 1,500 steps, need a
+    # lower rate, and more steps also a larger L1 for the same L0.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
 
-    # Adam moves each number by about its rate, however large the gradient. If x
-    # doubles, the weights should stay as they are, but the biases double. So their rate
-    # is that of the weights, times the typical size of one of the d_in numbers in x.
+    # An Adam step is about as large as its rate, whatever the gradient. Biases grow with
+    # x, weights do not: so the biases' rate is in units of a typical entry of x - mean.
     rates = [1.0, 1.0, x_norm / sae.d_in ** 0.5]  # of W_enc, of W_dec, of the biases
     if sae.k:
         # The threshold is high, and a step that takes a feature below it for all x is
@@ -468,7 +460,7 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            # f passes gradients only where it is not 0: (f > 0).any(0), but for free.
+            # b_enc gets a gradient only where f > 0: this is (f > 0).any(0), for free.
             fired = sae.b_enc.grad != 0  # [d_sae]
 
             # The unit-norm rule: project, step, normalize. In this order.
@@ -562,17 +554,17 @@ def visible(tokenizer, tokens):
         else:
             begun = []
         text = text.replace(" ", "·").replace("\n", "↵")
-        strings.append(repr(text)[1:-1])  # a tab as \t: what does not print, as in Python
+        strings.append(repr(text)[1:-1])  # what does not print is escaped: a tab is \t
     return strings
 
 def logit_effect(model, hook, direction):
     """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] directly,
-    not through later layers. Only its sign and order count: the last LayerNorm rescales it.
-    None where a hook does not write into the residual stream."""
+    not through later layers, and but for the scale of the last LayerNorm. None where a hook
+    does not write into the residual stream."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
-    elif not ("resid" in hook or hook.endswith("_out")):
+    elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
     direction = direction.to(model.cfg.dtype)
     biases = model.unembed(model.ln_final(0 * direction))  # the logits of no direction
@@ -603,7 +595,7 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("How many features fire on this share of tokens or more, up to the next")
+    page.print("How many features fire on this share of the tokens, up to the next bar's")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
@@ -667,7 +659,7 @@ def save_sae(sae, folder, **metadata):
 
 # SAELens has more options. These values mean "nothing unusual", which is what is
 # computed here; with any other, the numbers would be wrong.
-COMPUTED = dict(
+SUPPORTED = dict(
     normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True,
     rescale_acts_by_decoder_norm=False, finetuning_scaling_factor=False,
     activation_fn="relu", activation_fn_str="relu")
@@ -687,9 +679,9 @@ def load_sae(cls, source):
         kind = cfg.get("architecture", "standard")
         require(kind in ("standard", "jumprelu"), f"{kind} is not read, only standard and "
                 "jumprelu. (SAELens saves a trained batchtopk as jumprelu.)")
-        for name, value in COMPUTED.items():
+        for name, value in SUPPORTED.items():
             found = cfg.get(name, value)
-            require(found in (value, None), f"{name} {found} is not computed here")
+            require(found in (value, None), f"{name} {found} is not supported")
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         sae.load_state_dict({"threshold": sae.threshold, **weights})
         sae.threshold.clamp_(min=0)  # as in SAELens, where a ReLU comes first
@@ -748,7 +740,7 @@ def run(cfg):
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {cfg.device}"):  # by trying it
+    with blame(f"--device {cfg.device}"):  # fails here if there is no such device
         device = str(torch.zeros(1, device=cfg.device or best).device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
