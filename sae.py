@@ -350,21 +350,22 @@ def resample(sae, adam, dead, x):
     "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
-    # Draw examples by the square of their loss. No weight is above 100 x the median: a
-    # few tokens of a residual stream are huge, and would take every dead feature.
+    # Draw examples by the square of their loss, none of them twice: copies of one feature
+    # would fire together and overshoot. With too few examples, some features stay dead.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2)
-    weight = weight.clamp(max=100 * weight.median()) + 1e-30  # never all 0
-    drawn = torch.multinomial(weight, int(dead.sum()), replacement=True)
+    weight = loss.pow(2) + 1e-30  # never 0
+    alive = ~dead
+    dead = dead.nonzero().flatten()[:len(x)]  # [n_dead], their indices
+    drawn = torch.multinomial(weight, len(dead), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_dead, d_in]
 
     # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
     # of the others' mean length, as in the paper. With k it has the whole of it:
     # shorter, it would not pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if not dead.all():
-        length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
+    if alive.any():
+        length *= sae.W_enc[:, alive].norm(dim=0).mean()
     sae.W_dec[dead] = direction
     sae.W_enc[:, dead] = length * direction.T
     sae.b_enc[dead] = 0.0
