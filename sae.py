@@ -555,7 +555,8 @@ def visible(tokenizer, tokens):
         else:
             begun = []
         text = text.replace(" ", "·").replace("\n", "↵")
-        strings.append(repr(text)[1:-1])  # what does not print is escaped: a tab is \t
+        # What does not print is escaped: a tab is \t.
+        strings.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
     return strings
 
 def logit_effect(model, hook, direction):
