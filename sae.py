@@ -355,28 +355,27 @@ def resample(sae, adam, dead, x):
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # never 0
-    alive = ~dead
-    dead = dead.nonzero().flatten()[:len(x)]  # [n_dead], their indices
-    drawn = torch.multinomial(weight, len(dead), replacement=False)
-    direction = F.normalize(error[drawn], dim=-1)  # [n_dead, d_in]
+    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], which features
+    drawn = torch.multinomial(weight, len(revived), replacement=False)
+    direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
     # of the others' mean length, as in the paper. With k it has the whole of it:
     # shorter, it would not pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if alive.any():
-        length *= sae.W_enc[:, alive].norm(dim=0).mean()
-    sae.W_dec[dead] = direction
-    sae.W_enc[:, dead] = length * direction.T
-    sae.b_enc[dead] = 0.0
+    if not dead.all():
+        length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
+    sae.W_dec[revived] = direction
+    sae.W_enc[:, revived] = length * direction.T
+    sae.b_enc[revived] = 0.0
     if not sae.k:
-        sae.threshold[dead] = 0.0  # already 0, unless --load read a jumprelu SAE
+        sae.threshold[revived] = 0.0  # already 0, unless --load read a jumprelu SAE
 
     # Adam forgets where the old features were going.
     for moment in ("exp_avg", "exp_avg_sq"):
-        adam.state[sae.W_dec][moment][dead] = 0.0
-        adam.state[sae.W_enc][moment][:, dead] = 0.0
-        adam.state[sae.b_enc][moment][dead] = 0.0
+        adam.state[sae.W_dec][moment][revived] = 0.0
+        adam.state[sae.W_enc][moment][:, revived] = 0.0
+        adam.state[sae.b_enc][moment][revived] = 0.0
 
 def schedule(step, steps):
     """The factors of the learning rate, of the L1 weight and of k at this step."""
