@@ -298,7 +298,7 @@ class SparseAutoencoder(torch.nn.Module):
 
     def encode(self, x):
         pre = self.pre_activations(x)
-        return pre.masked_fill(pre <= self.threshold, 0.0)  # f [..., d_sae]
+        return pre * (pre > self.threshold)  # f [..., d_sae]
 
     def decode(self, f):
         return f @ self.W_dec + self.b_dec  # x_hat [..., d_in]
@@ -614,7 +614,8 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
     f[:, 0] = 0.0  # BOS
     strings = [visible(model.tokenizer, row) for row in rows]
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {f_i.max():.2f}"
+        most = abs(f_i.max())  # abs: the 0 of a feature that did not pass is often -0.0
+        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, hook, sae.W_dec[i:i + 1])
         if effect is not None:
