@@ -106,25 +106,23 @@ TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet
 
 def open_dataset(name):
     """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
-    pattern = os.path.expanduser(name)
+    name = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
-        pattern = sysconfig.get_path("stdlib") + "/*.py"
-    elif os.path.isdir(pattern):
-        pattern = glob.escape(pattern) + "/**"
-    # `pattern` itself, for a file that is really called notes[1].txt.
-    files = {pattern, *glob.glob(pattern, recursive=True)}
+        name = sysconfig.get_path("stdlib") + "/*.py"
+    elif os.path.isdir(name):
+        name = glob.escape(name) + "/**"
+    files = {name, *glob.glob(name, recursive=True)}  # name: it may be notes[1].txt
     files = sorted(filter(os.path.isfile, files))
     files = [glob.escape(file) for file in files]  # load_dataset also takes patterns
-    if not files:
-        name, subset, split = (name + "::").split(":")[:3]  # "a:b" -> "a", "b", ""
-        return load_dataset(name, subset or None, split=split or "train", streaming=True)
-
     tables = [file for file in files if Path(file).suffix in TABLES]
     if tables:  # then other files, such as a README, are not data
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
-    return load_dataset("text", data_files=files, split="train", streaming=True,
-                        sample_by="document", encoding_errors="replace")
+    if files:
+        return load_dataset("text", data_files=files, split="train", streaming=True,
+                            sample_by="document", encoding_errors="replace")
+    name, subset, split = (name + "::").split(":")[:3]  # "a:b" -> "a", "b", ""
+    return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
 def all_rows(dataset, tokenizer, seq_len):
     """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order each
@@ -161,8 +159,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
         n = 0  # index of the last row
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
-                if held_out == is_held_out:
+                if held_out == (n % 32 == 0):  # rows 0, 32, 64, ... are held out
                     yield row
             # Row 0 is held out, so there has to be a row 1 to train on.
             require(n > 0, "too short to make rows of, or empty")
@@ -190,8 +187,7 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache would also compute the rest of the model. An exception, caught just
-    # below, stops it here.
+    # run_with_cache would also compute the rest of the model. An exception stops it here.
     def stop(act, hook):
         raise Reached(act)
 
@@ -395,33 +391,45 @@ def schedule(step, steps):
 
     return warm_up * decay, warm_up * (1 + decay) / 2, k_factor
 
-def begin(cfg, sae, adam, buffer):
-    """Starts a run, or resumes one -> steps done, x_norm"""
+def begin(cfg, sae, adam, buffer, x):
+    """Makes a new SAE ready, or a loaded one, or resumes a run -> steps done"""
     if cfg.resume:
-        done, x_norm = load_checkpoint(cfg, sae, adam)
+        done = load_checkpoint(cfg, sae, adam)
         used = done * cfg.batch_size // buffer.per_row  # rows, roughly
         for _ in tqdm(range(used), "skipping old rows"):
             next(buffer.rows)
-        return done, x_norm
+        return done
+    if cfg.load:
+        # The rows of W_dec may have any length, as in SAELens. It moves into the encoder,
+        # so that x_hat stays as it is. normalize() alone would change it.
+        length = sae.W_dec.norm(dim=-1)  # [d_sae]
+        for encoder in (sae.W_enc, sae.b_enc, sae.threshold):
+            encoder.data *= length
+        sae.normalize()
+    else:
+        sae.b_dec.data = x.mean(0)
+    return 0
 
+def train(cfg, sae, buffer):
+    """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
     # x_norm is the typical distance of x from its mean. (A median: some are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
     rounding_error = 1e-5 * x.norm(dim=-1).median()  # above x_norm if all x are alike
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
-    if cfg.load:
-        move_lengths_to_encoder(sae)
-    else:
-        sae.b_dec.data = x.mean(0)
-    return 0, x_norm
 
-def train(cfg, sae, buffer):
-    """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    params = [[sae.W_enc], [sae.W_dec], [sae.b_enc, sae.b_dec]]  # see rates
-    groups = [{"params": group} for group in params]
+    # An Adam step is about as large as its rate, whatever the gradient. Biases grow with
+    # x, weights do not: so the biases' rate is in units of a typical entry of x - mean.
+    groups = [{"params": [sae.W_enc], "rate": 1.0},
+              {"params": [sae.W_dec], "rate": 1.0},
+              {"params": [sae.b_enc, sae.b_dec], "rate": x_norm / sae.d_in ** 0.5}]
+    if sae.k:
+        # The threshold is high, and a step that takes a feature below it for all x is
+        # its last: no gradient brings it back. In smaller steps of W_enc, few die.
+        groups[0]["rate"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    done, x_norm = begin(cfg, sae, adam, buffer)
+    done = begin(cfg, sae, adam, buffer, x)
 
     # Found by trial (see the README): more features, or more than 1,500 steps, need a
     # lower rate, and more steps also a larger L1 for the same L0.
@@ -430,14 +438,6 @@ def train(cfg, sae, buffer):
     l1 = cfg.l1
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
-
-    # An Adam step is about as large as its rate, whatever the gradient. Biases grow with
-    # x, weights do not: so the biases' rate is in units of a typical entry of x - mean.
-    rates = [1.0, 1.0, x_norm / sae.d_in ** 0.5]  # of W_enc, of W_dec, of the biases
-    if sae.k:
-        # The threshold is high, and a step that takes a feature below it for all x is
-        # its last: no gradient brings it back. In smaller steps of W_enc, few die.
-        rates[0] = 0.5
 
     # A feature that is silent for a twentieth of the run is dead.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
@@ -450,8 +450,8 @@ def train(cfg, sae, buffer):
 
             # The rates, L1 weight and number of features of this step.
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
-            for group, rate in zip(adam.param_groups, rates):
-                group["lr"] = lr * lr_factor * rate
+            for group in adam.param_groups:
+                group["lr"] = lr * lr_factor * group["rate"]
             x = buffer.next()  # [batch, d_in]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
@@ -485,12 +485,12 @@ def train(cfg, sae, buffer):
                 bar.set_postfix(row)
 
             if done % cfg.save_every == 0 and done < cfg.steps:
-                save_checkpoint(cfg, sae, adam, done, x_norm)
+                save_checkpoint(cfg, sae, adam, done)
     except KeyboardInterrupt:  # what has been trained so far is saved, measured, shown
         if done == 0:
             raise
         sae.normalize()  # Ctrl-C may have come between step and normalize
-    save_checkpoint(cfg, sae, adam, done, x_norm)
+    save_checkpoint(cfg, sae, adam, done)
     return done
 
 # ---- 7. Evaluation -------------------------------------------------------------------
@@ -577,17 +577,18 @@ def example(strings, f):
     line = Text(f"{peak:7.2f}  ")
     start = max(1, int(place) - 12)  # 0 is BOS
     for string, value in zip(strings[start:start + 20], f[start:start + 20]):
-        tint = 255 - int(150 * value / peak)  # with black text, for light and dark windows
+        tint = 255 - int(150 * (value / peak))  # with black text, for light and dark windows
         style = f"#000000 on rgb(255,{tint},{tint // 2})" if value > 0 else ""
         line.append(string, style)
     return line
 
 @torch.no_grad()
-def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
-    """Metrics, densities, features: first as a page at `path`, then on the terminal."""
+def report(cfg, model, sae, rows, metrics, frequency):
+    """Metrics, densities, features: first as a page in cfg.out, then on the terminal."""
     page = Console(file=StringIO(), record=True, width=min(100, Console().width),
                    highlight=False, markup=False, emoji=False)
-    page.print(title, style="bold")
+    size = f"{sae.d_sae} features, {metrics['steps']} steps"
+    page.print(f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {size}", style="bold")
     for name, value in metrics.items():
         if value is not None:
             value = round(value, 4)
@@ -604,12 +605,13 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
     # By default twenty features, evenly from rare (but not below 2e-4) to frequent.
+    chosen = cfg.features
     if not chosen:
         often = frequency.argsort()  # from rare to frequent
         often = often[frequency[often] >= 2e-4]
         spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
         chosen = often[spread].tolist()
-    acts = [get_activations(model, hook, part) for part in rows.split(16)]
+    acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     strings = [visible(model.tokenizer, row) for row in rows]
@@ -617,7 +619,7 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
         most = abs(f_i.max())  # abs: the 0 of a feature that did not pass is often -0.0
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
-        effect = logit_effect(model, hook, sae.W_dec[i:i + 1])
+        effect = logit_effect(model, cfg.hook, sae.W_dec[i:i + 1])
         if effect is not None:
             for word, sign in ("up", 1), ("down", -1):
                 top = (sign * effect[0]).topk(8).indices
@@ -631,8 +633,8 @@ def report(model, hook, sae, rows, metrics, frequency, title, path, chosen=()):
                 page.print(line, no_wrap=True, overflow="ellipsis")
 
     text = page.export_html(clear=False)
-    text = text.replace("<head>", f"<head><title>SAE of {hook}</title>", 1)
-    Path(path).write_text(text, encoding="utf-8")
+    text = text.replace("<head>", f"<head><title>SAE of {cfg.hook}</title>", 1)
+    Path(cfg.out, "report.html").write_text(text, encoding="utf-8")
     print(page.export_text(styles=sys.stdout.isatty()))
 
 # ---- 9. Saving and loading: skip it on a first reading -------------------------------
@@ -662,9 +664,11 @@ def save_sae(sae, folder, **metadata):
 # SAELens has more options. These values mean "nothing unusual", which is what is
 # computed here; with any other, the numbers would be wrong.
 SUPPORTED = dict(
-    normalize_activations="none", reshape_activations="none", apply_b_dec_to_input=True,
-    rescale_acts_by_decoder_norm=False, finetuning_scaling_factor=False,
-    activation_fn="relu", activation_fn_str="relu")
+    architecture=("standard", "jumprelu"),  # SAELens saves a trained batchtopk as jumprelu
+    normalize_activations=("none",), reshape_activations=("none",),
+    apply_b_dec_to_input=(True,), rescale_acts_by_decoder_norm=(False,),
+    finetuning_scaling_factor=(False,), activation_fn=("relu",),
+    activation_fn_str=("relu",))
 
 def load_sae(cls, source):
     """From run1 or run2 (published), a folder of ours or SAELens's, a .pt state dict."""
@@ -678,12 +682,10 @@ def load_sae(cls, source):
             if source in PUBLISHED:
                 file = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(file, map_location="cpu", weights_only=True)
-        kind = cfg.get("architecture", "standard")
-        require(kind in ("standard", "jumprelu"), f"{kind} is not read, only standard and "
-                "jumprelu. (SAELens saves a trained batchtopk as jumprelu.)")
-        for name, value in SUPPORTED.items():
-            found = cfg.get(name, value)
-            require(found in (value, None), f"{name} {found} is not supported")
+        for name, values in SUPPORTED.items():
+            found = cfg.get(name)
+            require(found in (None, *values), f"{name} {found} is not supported, "
+                    f"only {' or '.join(map(str, values))}")
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         sae.load_state_dict({"threshold": sae.threshold, **weights})
         sae.threshold.clamp_(min=0)  # as in SAELens, where a ReLU comes first
@@ -693,21 +695,11 @@ def load_sae(cls, source):
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
-@torch.no_grad()
-def move_lengths_to_encoder(sae):
-    """Before training goes on: gives the rows of W_dec length 1 (those of SAELens need not
-    have it) and leaves x_hat as it is. normalize() alone would change it."""
-    length = sae.W_dec.norm(dim=-1).clamp(min=1e-9)  # [d_sae]
-    sae.W_dec /= length[:, None]
-    sae.W_enc *= length
-    sae.b_enc *= length
-    sae.threshold *= length
-
-def save_checkpoint(cfg, sae, adam, done, x_norm):
+def save_checkpoint(cfg, sae, adam, done):
     finite = sae.W_enc.isfinite().all()
     require(finite, f"step {done}: the weights are not finite; lower --lr, or --l1")
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
-    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done, x_norm=x_norm)
+    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done)
     write(Path(cfg.out, "resume.pt"), torch.save, state)
 
 def load_checkpoint(cfg, sae, adam):
@@ -715,7 +707,7 @@ def load_checkpoint(cfg, sae, adam):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-        return state["done"], state["x_norm"]
+        return state["done"]
 
 def check_model(cfg, model, rows):
     near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
@@ -725,14 +717,13 @@ def check_model(cfg, model, rows):
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
 
 def check_sae(cfg, sae, d_in):
-    shapes = f"the SAE has d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
-    require(sae.d_in == d_in, f"{shapes}; the hook has d_in {d_in}")
-    require(cfg.d_sae in (None, sae.d_sae), f"--d-sae {cfg.d_sae}: {shapes}")
-    require(cfg.k in (None, sae.k), f"--k {cfg.k}: {shapes}")
-    require(sae.k is None or sae.k <= sae.d_sae, f"--k: {shapes}")
-    require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: {shapes}, and k replaces L1")
-    for i in cfg.features:
-        require(0 <= i < sae.d_sae, f"--features {i}: {shapes}")
+    for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
+        found = getattr(sae, name)
+        require(wanted in (None, found), f"the SAE has {name} {found}, not {wanted}")
+    require(sae.k is None or sae.k <= sae.d_sae, f"--k {sae.k} of {sae.d_sae} features")
+    require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term")
+    known = all(0 <= i < sae.d_sae for i in cfg.features)
+    require(known, f"--features: there are 0 to {sae.d_sae - 1}")
 
 # ---- All of it, in order -------------------------------------------------------------
 
@@ -772,9 +763,7 @@ def run(cfg):
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics.update(steps=done, tokens=done * cfg.batch_size)
     Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
-    title = f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {sae.d_sae} features, {done} steps"
-    path = Path(cfg.out, "report.html")
-    report(model, cfg.hook, sae, rows, metrics, frequency, title, path, cfg.features)
+    report(cfg, model, sae, rows, metrics, frequency)
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
