@@ -39,6 +39,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge  # was HookedTransformer
 
+# Two helpers for error messages. What the file is about begins after them.
+
 def require(condition, message):
     """For a user's mistakes: main() prints the message, without a traceback."""
     if not condition:
@@ -46,7 +48,7 @@ def require(condition, message):
 
 @contextmanager
 def blame(what):
-    """`with blame("--dataset x"):` puts that in front of the message of an error inside."""
+    """`with blame("--dataset x"):` an error inside gets a message that begins so."""
     try:
         yield
     except Exception as error:
@@ -63,7 +65,7 @@ class Config:
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
-    l1: float | None = None  # weight of the L1 term; by default from the activations' norms
+    l1: float | None = None  # weight of the L1 term; by default from x's norm and steps
     k: int | None = None  # features per token, on average (BatchTopK), in place of L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
@@ -73,7 +75,7 @@ class Config:
     seed: int = 0  # of the initial weights and of the order of activations
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
 
-    out: str = ""  # folder to write into; by default runs/MODEL/HOOK[-kK][-from-SAE]
+    out: str = ""  # folder to write into; by default runs/MODEL/HOOK[-k16][-from-SAE]
     save_every: int = 500  # steps between saves
     resume: bool = False  # go on from what --out holds; give the same flags again
     load: str = ""  # start from this SAE: run1, run2, a folder or a .pt file
@@ -88,7 +90,7 @@ class Config:
         require(self.seq_len > 1, "--seq-len 1 leaves no token but BOS")
         require(self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load")
 
-        # Defaults that follow from other flags.
+        # Defaults that follow from other flags. (run1 and run2 are SAEs of gelu-1l.)
         if self.load in PUBLISHED and self.model == "tiny-1l":
             self.model = "gelu-1l"
         usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
@@ -111,7 +113,8 @@ def open_dataset(name):
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
-    files = {name, *glob.glob(name, recursive=True)}  # name: it may be notes[1].txt
+    # `name` itself, too: a file may really be called notes[1].txt.
+    files = {name, *glob.glob(name, recursive=True)}
     files = sorted(filter(os.path.isfile, files))
     files = [glob.escape(file) for file in files]  # load_dataset also takes patterns
     tables = [file for file in files if Path(file).suffix in TABLES]
@@ -148,7 +151,7 @@ def all_rows(dataset, tokenizer, seq_len):
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
-        else:  # an empty example is skipped; one without such a column is a mistake
+        else:  # None is skipped; no such column at all is a mistake
             found = {"text", "tokens", "input_ids"}.intersection(example)
             require(found, f"no column text or tokens, but {list(example)}")
 
@@ -159,7 +162,8 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
         n = 0  # index of the last row
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                if held_out == (n % 32 == 0):  # rows 0, 32, 64, ... are held out
+                is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
+                if held_out == is_held_out:
                     yield row
             # Row 0 is held out, so there has to be a row 1 to train on.
             require(n > 0, "too short to make rows of, or empty")
@@ -188,7 +192,7 @@ class Reached(Exception):
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
     # run_with_cache would also compute the rest of the model. An exception stops it here.
-    def stop(act, hook):
+    def stop(act, hook):  # (TransformerLens passes its hook point by this name.)
         raise Reached(act)
 
     try:
@@ -219,12 +223,13 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        # On a GPU, whose memory is short, in the model's precision.
+        # On a GPU in bfloat16, in which the model computes: half the memory.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
-        # refill() draws `order`, a random order in which its slots are served. The slots
-        # order[:served] may be overwritten: at the start all, so next() fills everything.
+        # refill() draws `order`, a random order in which its slots are served. The first
+        # `served` of them have been, and may be overwritten: to begin with all of them, so
+        # that the first next() fills the buffer.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -233,7 +238,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # In chunks of 64 rows' activations. The last may use only a part of its last row.
+        # In chunks of 64 rows' activations. What is left over of the last row is dropped.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -263,8 +268,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average: that is
-    BatchTopK (Bussmann et al. 2024), but with one threshold for training and use."""
+    With k, the threshold rises until only k features per token pass it, on average. (So does
+    BatchTopK, Bussmann et al. 2024, but there each training batch has a cut of its own.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -274,18 +279,19 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # A feature begins by reading what it writes. Of 8 d_in random directions d, half
-        # fire; their sum of (x @ d) d is about 4 x, and 0.3 brings that near x.
+        # fire; their sum of (x @ d) d is about 4 x. 0.3, found by trial, brings it near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # [d_sae], as in SAELens's files; move_threshold sets all to one value.
+        # One for each feature, as in SAELens, though move_threshold sets all to one value.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written like that, backward() has one more large matrix product: the gradient of
-        # x - b_dec, [batch, d_in]. b_dec only needs its sum over the batch, which it gets
-        # through `zero`, whose value is 0. In x - b_dec it is a constant.
+        # backward() of that formula has one more large matrix product: the gradient of
+        # x - b_dec, [batch, d_in]. But b_dec only wants its sum over the batch. So here
+        # b_dec is a constant in x - b_dec, and its gradient comes by way of `zero`: a vector
+        # whose value is 0, in which b_dec is not a constant.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -350,14 +356,14 @@ def resample(sae, adam, dead, x):
     # would fire together and overshoot. With too few examples, some features stay dead.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2) + 1e-30  # never 0
+    weight = loss.pow(2) + 1e-30  # above 0, or multinomial may find too few
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], which features
     drawn = torch.multinomial(weight, len(revived), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
-    # of the others' mean length, as in the paper. With k it has the whole of it:
-    # shorter, it would not pass the threshold.
+    # of the others' mean length, as in the paper; with k all of that length: shorter, it
+    # would not pass the threshold. (If all are dead, there are no others.)
     length = 1.0 if sae.k else 0.2
     if not dead.all():
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
@@ -377,19 +383,19 @@ def schedule(step, steps):
     """The factors of the learning rate, of the L1 weight and of k at this step."""
     progress = step / steps
 
-    # 1) Warm-up over a twentieth of the run: of the rate, because Adam's moments are still
-    #    averages of few gradients, and of L1, because a feature first has to find a use.
+    # 1) The rate warms up over a twentieth of the run, while Adam's moments are averages
+    #    of few gradients. (0.01: the first step, too, is a step.)
     warm_up = min(1.0, 20 * progress + 0.01)
 
     # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
-    #    half: it shrinks all f a bit, and now they recover.
+    #    half: it has kept all f too small, and now they grow back.
     decay = min(1.0, 5 * (1 - progress))
 
-    # 3) k starts at 8 times its value and falls to it over the first half of the run:
-    #    features that would not be among the k largest find a use first, and few die.
-    k_factor = 8 ** max(0.0, 1 - 2 * progress)
+    # 3) A feature first has to find a use, or it dies. So sparsity comes over the first
+    #    half of the run: L1 grows from 0, and k falls from 8 times its value (by trial).
+    growth = min(1.0, 2 * progress)
 
-    return warm_up * decay, warm_up * (1 + decay) / 2, k_factor
+    return warm_up * decay, growth * (1 + decay) / 2, 8 ** (1 - growth)
 
 def begin(cfg, sae, adam, buffer, x):
     """Makes a new SAE ready, or a loaded one, or resumes a run -> steps done"""
@@ -400,8 +406,8 @@ def begin(cfg, sae, adam, buffer, x):
             next(buffer.rows)
         return done
     if cfg.load:
-        # The rows of W_dec may have any length, as in SAELens. It moves into the encoder,
-        # so that x_hat stays as it is. normalize() alone would change it.
+        # In SAELens the rows of W_dec may have any length. Here it is moved to the encoder,
+        # so that x_hat stays as it is; normalize() alone would change it.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for encoder in (sae.W_enc, sae.b_enc, sae.threshold):
             encoder.data *= length
@@ -415,31 +421,32 @@ def train(cfg, sae, buffer):
     # x_norm is the typical distance of x from its mean. (A median: some are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    rounding_error = 1e-5 * x.norm(dim=-1).median()  # above x_norm if all x are alike
+    rounding_error = 1e-5 * x.norm(dim=-1).median()  # if x varies less, it is constant
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # An Adam step is about as large as its rate, whatever the gradient. Biases grow with
-    # x, weights do not: so the biases' rate is in units of a typical entry of x - mean.
+    # An Adam step is about as large as its rate, whatever the gradient. If x were ten times
+    # as large, the biases would have to be, too, but not the weights. So the biases' rate
+    # is in units of a typical entry of x - mean.
     groups = [{"params": [sae.W_enc], "rate": 1.0},
               {"params": [sae.W_dec], "rate": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "rate": x_norm / sae.d_in ** 0.5}]
     if sae.k:
-        # The threshold is high, and a step that takes a feature below it for all x is
-        # its last: no gradient brings it back. In smaller steps of W_enc, few die.
+        # A feature that no x lifts above the threshold gets no gradient, and stays there.
+        # When W_enc takes smaller steps, few features come to that.
         groups[0]["rate"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     done = begin(cfg, sae, adam, buffer, x)
 
-    # Found by trial (see the README): more features, or more than 1,500 steps, need a
-    # lower rate, and more steps also a larger L1 for the same L0.
+    # More features, or more than 1,500 steps, need a lower rate, and more steps also a
+    # larger L1 for the same L0. All constants are by trial: see the README's numbers.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
 
-    # A feature that is silent for a twentieth of the run is dead.
+    # A feature that is silent for a twentieth of the run is dead (until it fires again).
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
@@ -460,8 +467,6 @@ def train(cfg, sae, buffer):
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
             loss.backward()
-            # b_enc gets a gradient only where f > 0: this is (f > 0).any(0), for free.
-            fired = sae.b_enc.grad != 0  # [d_sae]
 
             # The unit-norm rule: project, step, normalize. In this order.
             sae.project_gradient()
@@ -469,20 +474,22 @@ def train(cfg, sae, buffer):
             sae.normalize()
             adam.zero_grad()
 
-            # ---- The SAE is trained. What follows revives dead features, logs, saves. ----
+            # ---- The step is done. What follows revives dead features, logs, saves. ----
 
             done = step + 1
+            fired = f.amax(dim=0) > 0  # [d_sae], for some x of this batch
             silent = torch.where(fired, 0, silent + 1)
             dead = silent >= patience  # [d_sae]
+            # Not near the end, where a revived feature has no time to learn.
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-                row = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
-                           fvu=fvu.item(), dead=dead.float().mean().item())
-                log.write(json.dumps({"step": done, **row}) + "\n")
-                bar.set_postfix(row)
+                entry = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
+                             fvu=fvu.item(), dead=dead.float().mean().item())
+                log.write(json.dumps({"step": done, **entry}) + "\n")
+                bar.set_postfix(entry)
 
             if done % cfg.save_every == 0 and done < cfg.steps:
                 save_checkpoint(cfg, sae, adam, done)
@@ -498,8 +505,8 @@ def train(cfg, sae, buffer):
 # Needs: torch, F, tqdm, get_activations.
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
-    """rows [n, seq_len], none of them trained on -> metrics, and how often each feature
-    fires [d_sae], as a share of the tokens. BOS is not counted and not replaced."""
+    """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae], as
+    a share of the tokens. BOS is not counted and not replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)
@@ -532,7 +539,7 @@ def evaluate(model, hook, sae, rows):
     if ce_zero - ce > 0.01:  # otherwise zeros are as good as x: there is nothing to recover
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
     fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
-    dead = (fired == 0).float().mean()
+    dead = (fired == 0).float().mean()  # on none of these tokens
     l0 = fired.sum() / len(x)
     metrics = dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero,
                    ce_mean=ce_mean, l0=l0.item(), fvu=fvu.item(), dead=dead.item())
@@ -548,7 +555,7 @@ def visible(tokenizer, tokens):
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        # \ufffd: not yet a whole character. (None has more than 4 bytes.)
+        # \ufffd: not yet a whole character. (No character has more than 4 bytes.)
         if text.endswith("\ufffd") and len(begun) < 4:
             text = "…"
         else:
@@ -560,8 +567,8 @@ def visible(tokenizer, tokens):
 
 def logit_effect(model, hook, direction):
     """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] directly,
-    not through later layers, and but for the scale of the last LayerNorm. None where a hook
-    does not write into the residual stream."""
+    not through later layers. Only their order has a meaning, for ln_final takes away the
+    length. None where a hook does not write into the residual stream."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
@@ -597,7 +604,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("How many features fire on this share of the tokens, up to the next bar's")
+    # Those that never fire are left out.
+    page.print("Features by the share of tokens that they fire on, from this to the next bar's")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
@@ -607,16 +615,16 @@ def report(cfg, model, sae, rows, metrics, frequency):
     # By default twenty features, evenly from rare (but not below 2e-4) to frequent.
     chosen = cfg.features
     if not chosen:
-        often = frequency.argsort()  # from rare to frequent
-        often = often[frequency[often] >= 2e-4]
-        spread = torch.linspace(0, len(often) - 1, min(20, len(often))).long()
-        chosen = often[spread].tolist()
+        order = frequency.argsort()  # from rare to frequent
+        order = order[frequency[order] >= 2e-4]
+        spread = torch.linspace(0, len(order) - 1, min(20, len(order))).long()
+        chosen = order[spread].tolist()
     acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     strings = [visible(model.tokenizer, row) for row in rows]
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # abs: the 0 of a feature that did not pass is often -0.0
+        most = abs(f_i.max())  # abs: it is -0.0 if the feature never fires
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i:i + 1])
@@ -687,6 +695,7 @@ def load_sae(cls, source):
             require(found in (None, *values), f"{name} {found} is not supported, "
                     f"only {' or '.join(map(str, values))}")
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
+        # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
         sae.threshold.clamp_(min=0)  # as in SAELens, where a ReLU comes first
         return sae
@@ -719,6 +728,7 @@ def check_model(cfg, model, rows):
 def check_sae(cfg, sae, d_in):
     for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
         found = getattr(sae, name)
+        # None: the flag was not given.
         require(wanted in (None, found), f"the SAE has {name} {found}, not {wanted}")
     require(sae.k is None or sae.k <= sae.d_sae, f"--k {sae.k} of {sae.d_sae} features")
     require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term")
