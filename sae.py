@@ -191,7 +191,7 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache would also compute the rest of the model. An exception stops it here.
+    # run_with_cache would compute the rest of the model, too. An exception stops it here.
     def stop(act, hook):  # (TransformerLens passes its hook point by this name.)
         raise Reached(act)
 
@@ -238,7 +238,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # In chunks of 64 rows' activations. What is left over of the last row is dropped.
+        # In chunks of 64 rows' activations. What the last row has too many is dropped.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -268,8 +268,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average. (So does
-    BatchTopK, Bussmann et al. 2024, but there each training batch has a cut of its own.)"""
+    With k, the threshold rises until only k features per token pass it, on average: it is
+    BatchTopK (Bussmann et al. 2024), but there each training batch has its own cut."""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -279,19 +279,19 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # A feature begins by reading what it writes. Of 8 d_in random directions d, half
-        # fire; their sum of (x @ d) d is about 4 x. 0.3, found by trial, brings it near x.
+        # fire; their sum of (x @ d) d is about 4 x. 0.3, by trial, brings that near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One for each feature, as in SAELens, though move_threshold sets all to one value.
+        # One per feature, as in SAELens, though move_threshold gives all the same value.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
         # backward() of that formula has one more large matrix product: the gradient of
         # x - b_dec, [batch, d_in]. But b_dec only wants its sum over the batch. So here
-        # b_dec is a constant in x - b_dec, and its gradient comes by way of `zero`: a vector
-        # whose value is 0, in which b_dec is not a constant.
+        # b_dec is a constant in x - b_dec, and its gradient comes by way of `zero`, one
+        # vector for the whole batch, whose value is 0.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -392,7 +392,7 @@ def schedule(step, steps):
     decay = min(1.0, 5 * (1 - progress))
 
     # 3) A feature first has to find a use, or it dies. So sparsity comes over the first
-    #    half of the run: L1 grows from 0, and k falls from 8 times its value (by trial).
+    #    half of the run: L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
 
     return warm_up * decay, growth * (1 + decay) / 2, 8 ** (1 - growth)
@@ -425,9 +425,9 @@ def train(cfg, sae, buffer):
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # An Adam step is about as large as its rate, whatever the gradient. If x were ten times
-    # as large, the biases would have to be, too, but not the weights. So the biases' rate
-    # is in units of a typical entry of x - mean.
+    # An Adam step is about as large as its rate, whatever the gradient. If x were ten
+    # times as large, the biases would have to be, too, but not the weights. So the biases'
+    # rate is in units of a typical entry of x - mean.
     groups = [{"params": [sae.W_enc], "rate": 1.0},
               {"params": [sae.W_dec], "rate": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "rate": x_norm / sae.d_in ** 0.5}]
@@ -446,7 +446,7 @@ def train(cfg, sae, buffer):
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
 
-    # A feature that is silent for a twentieth of the run is dead (until it fires again).
+    # A feature that is silent for a twentieth of the run is dead, until it fires.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
@@ -605,7 +605,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
     # Those that never fire are left out.
-    page.print("Features by the share of tokens that they fire on, from this to the next bar's")
+    page.print("Features by the share of tokens that they fire on, up to the next bar's")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
