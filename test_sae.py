@@ -828,10 +828,12 @@ def test_bos_does_not_count_in_the_report(model, direct, rows, tmp_path, capsys)
     sae.W_enc.data[:, 5:6] = 9 * torch.linalg.lstsq(act.flatten(0, 1) - 0.1, is_bos).solution
     f = sae.encode(act)[..., 5]
     assert f[:, 0].max() > f[:, 1:].max() + 0.02
-    cfg = S.Config(hook=HOOK, out=str(tmp_path), features=(5,))
+    sae.b_enc.data[6] = -1e3
+    cfg = S.Config(hook=HOOK, out=str(tmp_path), features=(5, 6))
     S.report(cfg, model, sae, rows, {"steps": 1}, torch.ones(64))
-    most = re.search(r"up to ([\d.]+)", capsys.readouterr().out)[1]
+    most, silent = re.findall(r"up to (\S+)", capsys.readouterr().out)
     assert float(most) == pytest.approx(f[:, 1:].max().item(), abs=0.006)
+    assert silent == "0.00", "and not -0.00"
 
 # ---- Pieces for other people's code --------------------------------------------------------------
 
