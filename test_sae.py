@@ -831,7 +831,7 @@ def test_bos_does_not_count_in_the_report(model, direct, rows, tmp_path, capsys)
     sae.b_enc.data[6] = -1e3
     cfg = S.Config(hook=HOOK, out=str(tmp_path), features=(5, 6))
     S.report(cfg, model, sae, rows, {"steps": 1}, torch.ones(64))
-    most, silent = re.findall(r"up to (\S+)", capsys.readouterr().out)
+    most, silent = re.findall(r"of tokens, up to (\S+)", capsys.readouterr().out)
     assert float(most) == pytest.approx(f[:, 1:].max().item(), abs=0.006)
     assert silent == "0.00", "and not -0.00"
 
