@@ -692,8 +692,8 @@ def load_sae(cls, source):
             weights = torch.load(file, map_location="cpu", weights_only=True)
         for name, values in SUPPORTED.items():
             found = cfg.get(name)
-            require(found in (None, *values), f"{name} {found} is not supported, "
-                    f"only {' or '.join(map(str, values))}")
+            require(found in (None, *values), f"{name} {found} is not read here, only "
+                    f"{' or '.join(map(str, values))}; try SAELens")
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
