@@ -48,13 +48,16 @@ def require(condition, message):
 
 @contextmanager
 def blame(what):
-    """`with blame("--dataset x"):` an error inside gets a message that begins so."""
+    """`with blame(what):` puts `what` in front of the message of an error raised inside."""
     try:
         yield
     except Exception as error:
         raise ValueError(f"{what}: {error}") from error
 
 # ---- 1. Config: every field is a flag; its comment is the help text (tyro reads it) --
+
+# SAEs of gelu-1l, for --load: files of NeelNanda/sparse_autoencoder on the Hub
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 
 @dataclass
 class Config:
@@ -90,7 +93,7 @@ class Config:
         require(self.seq_len > 1, "--seq-len 1 leaves no token but BOS")
         require(self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load")
 
-        # Defaults that follow from other flags. (run1 and run2 are SAEs of gelu-1l.)
+        # Defaults that follow from other flags.
         if self.load in PUBLISHED and self.model == "tiny-1l":
             self.model = "gelu-1l"
         usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
@@ -116,9 +119,9 @@ def open_dataset(name):
     # `name` itself, too: a file may really be called notes[1].txt.
     files = {name, *glob.glob(name, recursive=True)}
     files = sorted(filter(os.path.isfile, files))
-    files = [glob.escape(file) for file in files]  # load_dataset also takes patterns
+    files = [glob.escape(file) for file in files]  # load_dataset expands patterns again
     tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # then other files, such as a README, are not data
+    if tables:  # all of one kind; other files, such as a README, are not data then
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
     if files:
@@ -191,7 +194,7 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache would compute the rest of the model, too. An exception stops it here.
+    # run_with_cache would go on to the end of the model or layer. An exception stops it.
     def stop(act, hook):  # (TransformerLens passes its hook point by this name.)
         raise Reached(act)
 
@@ -208,12 +211,12 @@ def get_activations(model, hook, tokens):
 
 # Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] in random order, each of them once.
+    """Serves activations [batch_size, d_in] in random order, none of them twice.
 
     The activations of one text are alike, and a batch should be varied: it is drawn from
     all over the buffer. When half of the buffer has been served, that half is refilled.
 
-    get_activations: from tokens [rows, seq_len] to activations [rows, seq_len, d_in]
+    get_activations: a function of tokens [rows, seq_len] -> [rows, seq_len, d_in]
     rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
 
     def __init__(self, get_activations, rows, batch_size, n_batches, device="cpu"):
@@ -227,9 +230,9 @@ class ActivationBuffer:
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
-        # refill() draws `order`, a random order in which its slots are served. The first
-        # `served` of them have been, and may be overwritten: to begin with all of them, so
-        # that the first next() fills the buffer.
+        # refill() draws `order`, a random order in which its slots are served. Those in
+        # order[:served] have been, and may be overwritten. At the start that is all of
+        # them, so the first next() fills everything.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -238,7 +241,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # In chunks of 64 rows' activations. What the last row has too many is dropped.
+        # In chunks of 64 rows' activations. Surplus ones of the last row are dropped.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -268,8 +271,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average: it is
-    BatchTopK (Bussmann et al. 2024), but there each training batch has its own cut."""
+    With k, the threshold rises until only k features per token pass it, on average: a form
+    of BatchTopK (Bussmann et al. 2024), which has a cut of its own for each batch."""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -279,19 +282,20 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # A feature begins by reading what it writes. Of 8 d_in random directions d, half
-        # fire; their sum of (x @ d) d is about 4 x. 0.3, by trial, brings that near x.
+        # fire, and their sum of (x @ d) d is about 4 x: a single one is x / d_in on
+        # average. 0.3, by trial, brings that near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One per feature, as in SAELens, though move_threshold gives all the same value.
+        # One per feature, as in SAELens; move_threshold moves all to the same value.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # backward() of that formula has one more large matrix product: the gradient of
-        # x - b_dec, [batch, d_in]. But b_dec only wants its sum over the batch. So here
-        # b_dec is a constant in x - b_dec, and its gradient comes by way of `zero`, one
-        # vector for the whole batch, whose value is 0.
+        # Written like that, a step has six large matrix products, not five: the sixth is
+        # the gradient of x - b_dec, [batch, d_in], of which b_dec wants only the sum over
+        # the batch. So here b_dec is a constant in x - b_dec, and gets its gradient by way
+        # of `zero`, one vector for the whole batch, whose value is 0.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -322,7 +326,8 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def move_threshold(self, x, k):
         """Moves the threshold a tenth of the way (one batch is noisy) to the value that k
-        features per token of x [n, d_in] pass, on average. No gradient trains it."""
+        features per token of x [n, d_in] pass, on average. No gradient trains it. k is
+        self.k, or more of it early in training: see schedule."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -339,8 +344,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def normalize(self):
-        """After step(): a step at a right angle to a row lengthens it (Pythagoras), so all
-        rows are brought back to length 1. (The first replication did it before step().)"""
+        """After step(): even a step at a right angle to a row lengthens it (Pythagoras), so
+        all rows go back to length 1. (The first replication did it before step().)"""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -362,16 +367,14 @@ def resample(sae, adam, dead, x):
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
-    # of the others' mean length, as in the paper; with k all of that length: shorter, it
-    # would not pass the threshold. (If all are dead, there are no others.)
+    # of the others' mean length, as in the paper; with k the full mean length, so that
+    # it can pass the threshold. (If all are dead, there are no others.)
     length = 1.0 if sae.k else 0.2
     if not dead.all():
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = 0.0
-    if not sae.k:
-        sae.threshold[revived] = 0.0  # already 0, unless --load read a jumprelu SAE
 
     # Adam forgets where the old features were going.
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -384,21 +387,24 @@ def schedule(step, steps):
     progress = step / steps
 
     # 1) The rate warms up over a twentieth of the run, while Adam's moments are averages
-    #    of few gradients. (0.01: the first step, too, is a step.)
+    #    of few gradients. (0.01, so that the first step is not 0.)
     warm_up = min(1.0, 20 * progress + 0.01)
 
     # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
     #    half: it has kept all f too small, and now they grow back.
     decay = min(1.0, 5 * (1 - progress))
+    lr_factor = warm_up * decay
 
     # 3) A feature first has to find a use, or it dies. So sparsity comes over the first
     #    half of the run: L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
+    l1_factor = growth * (1 + decay) / 2
+    k_factor = 8 ** (1 - growth)
 
-    return warm_up * decay, growth * (1 + decay) / 2, 8 ** (1 - growth)
+    return lr_factor, l1_factor, k_factor
 
 def begin(cfg, sae, adam, buffer, x):
-    """Makes a new SAE ready, or a loaded one, or resumes a run -> steps done"""
+    """Sets up a new SAE, adjusts a loaded one, or resumes a run -> steps done"""
     if cfg.resume:
         done = load_checkpoint(cfg, sae, adam)
         used = done * cfg.batch_size // buffer.per_row  # rows, roughly
@@ -406,11 +412,11 @@ def begin(cfg, sae, adam, buffer, x):
             next(buffer.rows)
         return done
     if cfg.load:
-        # In SAELens the rows of W_dec may have any length. Here it is moved to the encoder,
-        # so that x_hat stays as it is; normalize() alone would change it.
+        # In SAELens the rows of W_dec may have any length. The encoder takes it over: f
+        # grows by it, W_dec loses it, x_hat is the same. normalize() alone would change it.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
-        for encoder in (sae.W_enc, sae.b_enc, sae.threshold):
-            encoder.data *= length
+        for weights in (sae.W_enc, sae.b_enc, sae.threshold):
+            weights.data *= length
         sae.normalize()
     else:
         sae.b_dec.data = x.mean(0)
@@ -418,28 +424,29 @@ def begin(cfg, sae, adam, buffer, x):
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    # x_norm is the typical distance of x from its mean. (A median: some are huge.)
+    # x_norm is the typical distance of x from its mean. (The median: a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
     rounding_error = 1e-5 * x.norm(dim=-1).median()  # if x varies less, it is constant
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # An Adam step is about as large as its rate, whatever the gradient. If x were ten
-    # times as large, the biases would have to be, too, but not the weights. So the biases'
-    # rate is in units of a typical entry of x - mean.
+    # An Adam step is about as large as its rate, whatever the gradient. For an x ten times
+    # as large, f and the biases have to be ten times as large, but no weight. So the
+    # biases' rate is in units of a typical entry of x - mean. (The loop sets lr.)
     groups = [{"params": [sae.W_enc], "rate": 1.0},
               {"params": [sae.W_dec], "rate": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "rate": x_norm / sae.d_in ** 0.5}]
     if sae.k:
-        # A feature that no x lifts above the threshold gets no gradient, and stays there.
-        # When W_enc takes smaller steps, few features come to that.
+        # A feature that no x lifts above the threshold gets no gradient, and stays dead.
+        # With smaller steps of W_enc, fewer features get stuck there.
         groups[0]["rate"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     done = begin(cfg, sae, adam, buffer, x)
 
-    # More features, or more than 1,500 steps, need a lower rate, and more steps also a
-    # larger L1 for the same L0. All constants are by trial: see the README's numbers.
+    # Defaults, fitted to runs of 600 to 12,000 steps and 2,048 to 12,288 features; there
+    # is no theory behind them. More features, or more than 1,500 steps, want a lower rate.
+    # L1 is in units of x_norm, and grows a little in long runs, to keep L0 as it is.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
@@ -450,6 +457,7 @@ def train(cfg, sae, buffer):
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
+    # buffering=1: each line is written at once.
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
     try:
@@ -506,13 +514,13 @@ def train(cfg, sae, buffer):
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae], as
-    a share of the tokens. BOS is not counted and not replaced."""
+    a share of the tokens. The activations of BOS are not counted and not replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)
     error = fired = 0
     for part in x.split(2048):
-        x_hat, f = sae(part)  # [2048, d_in], [2048, d_sae]
+        x_hat, f = sae(part)  # [n, d_in], [n, d_sae]
         error += (x_hat - part).pow(2).sum()
         fired += (f > 0).sum(0)  # [d_sae]
 
@@ -567,8 +575,8 @@ def visible(tokenizer, tokens):
 
 def logit_effect(model, hook, direction):
     """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] directly,
-    not through later layers. Only their order has a meaning, for ln_final takes away the
-    length. None where a hook does not write into the residual stream."""
+    not through later layers. ln_final takes away its length, so these logits can only be
+    compared with one another. None for hooks that do not add to the residual stream."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
@@ -605,14 +613,14 @@ def report(cfg, model, sae, rows, metrics, frequency):
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
     # Those that never fire are left out.
-    page.print("Features by the share of tokens that they fire on, up to the next bar's")
+    page.print("How many features fire on what share of the tokens (a bar's lower end)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
         bar = "█" * round(60 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
-    # By default twenty features, evenly from rare (but not below 2e-4) to frequent.
+    # By default twenty features, evenly from rare to frequent. (2e-4: ten of 50,000 tokens)
     chosen = cfg.features
     if not chosen:
         order = frequency.argsort()  # from rare to frequent
@@ -647,8 +655,6 @@ def report(cfg, model, sae, rows, metrics, frequency):
 
 # ---- 9. Saving and loading: skip it on a first reading -------------------------------
 
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # NeelNanda/sparse_autoencoder on the Hub
-
 def write(path, save, thing):
     """All or nothing: after a crash, or on a full disk, the old file is still there."""
     with blame(path):
@@ -669,8 +675,8 @@ def save_sae(sae, folder, **metadata):
     Path(folder, "cfg.json").write_text(json.dumps(cfg))
     write(Path(folder, "sae_weights.safetensors"), save_file, weights)
 
-# SAELens has more options. These values mean "nothing unusual", which is what is
-# computed here; with any other, the numbers would be wrong.
+# SAELens has more options, which scale or reshape x or f. These values mean "none of
+# that", which is what is computed here; with others, the numbers would be wrong.
 SUPPORTED = dict(
     architecture=("standard", "jumprelu"),  # SAELens saves a trained batchtopk as jumprelu
     normalize_activations=("none",), reshape_activations=("none",),
@@ -679,7 +685,8 @@ SUPPORTED = dict(
     activation_fn_str=("relu",))
 
 def load_sae(cls, source):
-    """From run1 or run2 (published), a folder of ours or SAELens's, a .pt state dict."""
+    """SparseAutoencoder.load(source): from run1 or run2 (published), a folder of ours or
+    SAELens's, a .pt state dict"""
     with blame(f"--load {source}"):
         cfg = {}
         if os.path.isdir(source):
@@ -697,7 +704,7 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # as in SAELens, where a ReLU comes first
+        sae.threshold.clamp_(min=0)  # SAELens has relu(pre) * (pre > threshold)
         return sae
 
 # Attached here, so that section 5 holds the mathematics alone.
@@ -749,8 +756,8 @@ def run(cfg):
 
     # The language model, and the rows that are held out.
     model = load_model(cfg.model, device)
-    rows = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
-    rows = torch.tensor(list(islice(rows, cfg.held_out)), device=device)  # [n, seq_len]
+    held_out = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
+    rows = torch.tensor(list(islice(held_out, cfg.held_out)), device=device)  # [n, seq_len]
     check_model(cfg, model, rows)
 
     # A buffer of activations of the other rows, and the autoencoder.
@@ -777,7 +784,7 @@ def run(cfg):
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # characters that it cannot print
+        sys.stdout.reconfigure(errors="replace")  # what it cannot print becomes ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
     except (OSError, ValueError) as error:  # a user's mistakes
