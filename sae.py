@@ -9,9 +9,11 @@ tiny-1l, a small transformer in this repository. In under three minutes on two C
 
 (l0: features that fire on a token; fvu: the share of x's variance that x_hat misses.)
 
-The sections are in the order in which data flows; 4 to 6 are what people copy most:
+Sections, in the order in which data flows (4 to 6 are the ones to copy; what a piece
+needs stands above it):
 1 Config, 2 Data, 3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training,
-7 Evaluation, 8 Looking at features, 9 Saving and loading (skip it at first), main.
+7 Evaluation, 8 Looking at features, 9 Saving, loading, checks (skip it at first),
+10 All of it, in order.
 """
 
 import glob
@@ -39,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge  # was HookedTransformer
 
-# Two helpers for error messages. What the file is about begins after them.
+# Two helpers for error messages. What the file is about starts after them.
 
 def require(condition, message):
     """For a user's mistakes: main() prints the message, without a traceback."""
@@ -48,7 +50,7 @@ def require(condition, message):
 
 @contextmanager
 def blame(what):
-    """`with blame(what):` puts `what` in front of the message of an error raised inside."""
+    """`with blame(what):` an error inside becomes a ValueError that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -68,7 +70,7 @@ class Config:
     held_out: int = 384  # rows that are not trained on, for evaluation and report
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
-    l1: float | None = None  # weight of the L1 term; by default from x's norm and steps
+    l1: float | None = None  # weight of the L1 term; by default from activations and steps
     k: int | None = None  # features per token, on average (BatchTopK), in place of L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
@@ -86,7 +88,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) in (int, float):  # not None, True or a text
+            if type(value) in (int, float):  # not None, True or a string
                 may_be_0 = name in ("steps", "l1", "seed")
                 in_range = 0 < value < math.inf or (value == 0 and may_be_0)
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
@@ -116,12 +118,12 @@ def open_dataset(name):
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
-    # `name` itself, too: a file may really be called notes[1].txt.
+    # To glob, notes[1].txt is a pattern. So `name` is tried as it is, too.
     files = {name, *glob.glob(name, recursive=True)}
     files = sorted(filter(os.path.isfile, files))
     files = [glob.escape(file) for file in files]  # load_dataset expands patterns again
     tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # all of one kind; other files, such as a README, are not data then
+    if tables:  # taken to be all of one kind; other files (a README) are not data then
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
     if files:
@@ -154,13 +156,13 @@ def all_rows(dataset, tokenizer, seq_len):
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
-        else:  # None is skipped; no such column at all is a mistake
+        else:  # a text that is null is skipped; no such column at all is an error
             found = {"text", "tokens", "input_ids"}.intersection(example)
             require(found, f"no column text or tokens, but {list(example)}")
 
 # Needs: all of section 2, require, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
-    """Yields rows to train on, for ever; or, once, those that are held out: every 32nd."""
+    """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:
         n = 0  # index of the last row
         with blame(f"--dataset {dataset}"):
@@ -176,7 +178,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
 # ---- 3. The language model -----------------------------------------------------------
 
 def load_model(name, device="cpu"):
-    """A frozen TransformerBridge. On a GPU in bfloat16: half the memory, and faster."""
+    """A frozen TransformerBridge. On CUDA in bfloat16: half the memory, and faster."""
     dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
     boot = TransformerBridge.boot_transformers  # any model that transformers can load
     if name == "gelu-1l":
@@ -194,8 +196,9 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache would go on to the end of the model or layer. An exception stops it.
-    def stop(act, hook):  # (TransformerLens passes its hook point by this name.)
+    # run_with_cache computes the rest of the model, or (stop_at_layer) of the layer. The
+    # exception stops at the hook. (TransformerLens calls stop(act, hook=its hook point).)
+    def stop(act, hook):
         raise Reached(act)
 
     try:
@@ -226,7 +229,7 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        # On a GPU in bfloat16, in which the model computes: half the memory.
+        # On CUDA in bfloat16, in which the model computes: half the memory.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
@@ -241,7 +244,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # In chunks of 64 rows' activations. Surplus ones of the last row are dropped.
+        # 64 rows at a time. What the last row has left over is dropped.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -271,8 +274,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average: a form
-    of BatchTopK (Bussmann et al. 2024), which has a cut of its own for each batch."""
+    With k, the threshold rises until only k features per token pass it, on average. (Very
+    nearly BatchTopK, Bussmann et al. 2024: that keeps the k * n largest of each batch.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -281,9 +284,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. Of 8 d_in random directions d, half
-        # fire, and their sum of (x @ d) d is about 4 x: a single one is x / d_in on
-        # average. 0.3, by trial, brings that near x.
+        # A feature begins by reading what it writes. For a random direction d, (x @ d) d is
+        # x / d_in on average. Half of 8 d_in features fire, so without a factor x_hat would
+        # begin near 4 x. 1/4 would mend that; 0.3 did best in trials.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -292,14 +295,14 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written like that, a step has six large matrix products, not five: the sixth is
-        # the gradient of x - b_dec, [batch, d_in], of which b_dec wants only the sum over
-        # the batch. So here b_dec is a constant in x - b_dec, and gets its gradient by way
-        # of `zero`, one vector for the whole batch, whose value is 0.
+        # Written like that, a step has six large matrix products, not five: the sixth
+        # is the gradient of x - b_dec, [batch, d_in], of which b_dec wants only the sum
+        # over the batch. So here b_dec is a constant in x - b_dec, and gets its gradient
+        # by way of `zero`, one vector for the whole batch. It is 0: all else is the same.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
-        pre += self.b_enc + zero  # in place: it is the largest tensor of a step
+        pre += self.b_enc + zero  # in place: a copy less of [batch, d_sae]
         return pre
 
     def encode(self, x):
@@ -327,7 +330,7 @@ class SparseAutoencoder(torch.nn.Module):
     def move_threshold(self, x, k):
         """Moves the threshold a tenth of the way (one batch is noisy) to the value that k
         features per token of x [n, d_in] pass, on average. No gradient trains it. k is
-        self.k, or more of it early in training: see schedule."""
+        self.k, or larger early in training: see schedule."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -344,8 +347,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def normalize(self):
-        """After step(): even a step at a right angle to a row lengthens it (Pythagoras), so
-        all rows go back to length 1. (The first replication did it before step().)"""
+        """After step(): even a step at a right angle would lengthen a row (Pythagoras).
+        So all go back to length 1. (The first replication did it before step().)"""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -357,8 +360,9 @@ def resample(sae, adam, dead, x):
     "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
-    # Draw examples by the square of their loss, none of them twice: copies of one feature
-    # would fire together and overshoot. With too few examples, some features stay dead.
+    # Draw examples by the square of their loss, none of them twice: a few with a huge loss
+    # would get nearly all draws, and copies of one feature, firing together, overshoot.
+    # With too few examples, some features stay dead.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # above 0, or multinomial may find too few
@@ -386,16 +390,16 @@ def schedule(step, steps):
     """The factors of the learning rate, of the L1 weight and of k at this step."""
     progress = step / steps
 
-    # 1) The rate warms up over a twentieth of the run, while Adam's moments are averages
-    #    of few gradients. (0.01, so that the first step is not 0.)
+    # 1) The rate warms up over a twentieth of the run, while Adam's moments rest on few
+    #    gradients. (0.01: the rate of the first step is not 0.)
     warm_up = min(1.0, 20 * progress + 0.01)
 
-    # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to a
+    # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to
     #    half: it has kept all f too small, and now they grow back.
     decay = min(1.0, 5 * (1 - progress))
     lr_factor = warm_up * decay
 
-    # 3) A feature first has to find a use, or it dies. So sparsity comes over the first
+    # 3) A feature first has to find a use, or it dies. So sparsity is phased in over
     #    half of the run: L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
     l1_factor = growth * (1 + decay) / 2
@@ -412,8 +416,8 @@ def begin(cfg, sae, adam, buffer, x):
             next(buffer.rows)
         return done
     if cfg.load:
-        # In SAELens the rows of W_dec may have any length. The encoder takes it over: f
-        # grows by it, W_dec loses it, x_hat is the same. normalize() alone would change it.
+        # In SAELens the rows of W_dec may have any length. Each is divided by it, and its
+        # feature's encoder multiplied, so x_hat stays. normalize() alone would change it.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weights in (sae.W_enc, sae.b_enc, sae.threshold):
             weights.data *= length
@@ -427,25 +431,26 @@ def train(cfg, sae, buffer):
     # x_norm is the typical distance of x from its mean. (The median: a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    rounding_error = 1e-5 * x.norm(dim=-1).median()  # if x varies less, it is constant
+    rounding_error = 1e-5 * x.norm(dim=-1).median()  # less could be mere rounding
     usable = rounding_error < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # An Adam step is about as large as its rate, whatever the gradient. For an x ten times
-    # as large, f and the biases have to be ten times as large, but no weight. So the
-    # biases' rate is in units of a typical entry of x - mean. (The loop sets lr.)
-    groups = [{"params": [sae.W_enc], "rate": 1.0},
-              {"params": [sae.W_dec], "rate": 1.0},
-              {"params": [sae.b_enc, sae.b_dec], "rate": x_norm / sae.d_in ** 0.5}]
+    # An Adam step is about as large as its rate, whatever the gradient. If x were ten
+    # times as large, f and the biases would have to be, too, while W_enc and W_dec could
+    # stay. So the biases' rate is in units of a typical entry of x - mean.
+    groups = [{"params": [sae.W_enc], "lr_scale": 1.0},
+              {"params": [sae.W_dec], "lr_scale": 1.0},
+              {"params": [sae.b_enc, sae.b_dec], "lr_scale": x_norm / sae.d_in ** 0.5}]
     if sae.k:
-        # A feature that no x lifts above the threshold gets no gradient, and stays dead.
-        # With smaller steps of W_enc, fewer features get stuck there.
-        groups[0]["rate"] = 0.5
+        # A feature that no x lifts above the threshold gets no gradient. With k that is
+        # a greater danger than with a ReLU, for the threshold is well above 0. By trial:
+        # with half the rate for W_enc, far fewer features die.
+        groups[0]["lr_scale"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     done = begin(cfg, sae, adam, buffer, x)
 
     # Defaults, fitted to runs of 600 to 12,000 steps and 2,048 to 12,288 features; there
-    # is no theory behind them. More features, or more than 1,500 steps, want a lower rate.
+    # is no theory behind them. More features, or more than 1,500 steps, need a lower rate.
     # L1 is in units of x_norm, and grows a little in long runs, to keep L0 as it is.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
@@ -463,10 +468,9 @@ def train(cfg, sae, buffer):
     try:
         for step in bar:
 
-            # The rates, L1 weight and number of features of this step.
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
             for group in adam.param_groups:
-                group["lr"] = lr * lr_factor * group["rate"]
+                group["lr"] = lr * lr_factor * group["lr_scale"]
             x = buffer.next()  # [batch, d_in]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
@@ -525,7 +529,7 @@ def evaluate(model, hook, sae, rows):
         fired += (f > 0).sum(0)  # [d_sae]
 
     def cross_entropy(replace):
-        """Nats per token, with replace(x) in the place of x [rows, pos, d_in]"""
+        """Nats per token, with replace(x) in place of x [rows, pos, d_in]"""
         def splice(act, hook):
             bos, old = act[:, :1], act[:, 1:]
             new = replace(old.flatten(2).float())  # heads, if any, are concatenated
@@ -534,8 +538,8 @@ def evaluate(model, hook, sae, rows):
         total = 0.0
         for tokens in tqdm(rows.split(16), "evaluating", leave=False):
             logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
-            logits = logits[:, :-1].flatten(0, 1).float()  # [n_tokens, d_vocab]
-            following = tokens[:, 1:].flatten()  # [n_tokens]
+            logits = logits[:, :-1].flatten(0, 1).float()  # [n, d_vocab]
+            following = tokens[:, 1:].flatten()  # [n]
             total += F.cross_entropy(logits, following, reduction="sum").item()
         return total / rows[:, 1:].numel()
 
@@ -574,16 +578,16 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """What adding `direction` [1, d_in] at `hook` does to the logits [1, d_vocab] directly,
-    not through later layers. ln_final takes away its length, so these logits can only be
-    compared with one another. None for hooks that do not add to the residual stream."""
+    """The logits [1, d_vocab] of `direction` [1, d_in], as if it were the whole residual
+    stream: its direct effect, not that through later layers. Only their order counts, for
+    ln_final takes the length away. None for hooks where it is not so simple."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
     direction = direction.to(model.cfg.dtype)
-    biases = model.unembed(model.ln_final(0 * direction))  # the logits of no direction
+    biases = model.unembed(model.ln_final(0 * direction))  # of a zero stream
     return (model.unembed(model.ln_final(direction)) - biases).float()
 
 def example(strings, f):
@@ -612,18 +616,17 @@ def report(cfg, model, sae, rows, metrics, frequency):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    # Those that never fire are left out.
-    page.print("How many features fire on what share of the tokens (a bar's lower end)")
+    page.print("Share of tokens that a feature fires on (from), and how many do")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
         bar = "█" * round(60 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
-    # By default twenty features, evenly from rare to frequent. (2e-4: ten of 50,000 tokens)
+    # By default twenty features, evenly from rare (ten of 50,000 tokens) to frequent.
     chosen = cfg.features
     if not chosen:
-        order = frequency.argsort()  # from rare to frequent
+        order = frequency.argsort()
         order = order[frequency[order] >= 2e-4]
         spread = torch.linspace(0, len(order) - 1, min(20, len(order))).long()
         chosen = order[spread].tolist()
@@ -653,7 +656,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     Path(cfg.out, "report.html").write_text(text, encoding="utf-8")
     print(page.export_text(styles=sys.stdout.isatty()))
 
-# ---- 9. Saving and loading: skip it on a first reading -------------------------------
+# ---- 9. Saving, loading, checks: skip it on a first reading --------------------------
 
 def write(path, save, thing):
     """All or nothing: after a crash, or on a full disk, the old file is still there."""
@@ -685,8 +688,8 @@ SUPPORTED = dict(
     activation_fn_str=("relu",))
 
 def load_sae(cls, source):
-    """SparseAutoencoder.load(source): from run1 or run2 (published), a folder of ours or
-    SAELens's, a .pt state dict"""
+    """SparseAutoencoder.load(source): from run1 or run2 (published), a folder
+    that this file or SAELens saved, or a .pt state dict"""
     with blame(f"--load {source}"):
         cfg = {}
         if os.path.isdir(source):
@@ -704,7 +707,7 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # SAELens has relu(pre) * (pre > threshold)
+        sae.threshold.clamp_(min=0)  # SAELens's relu(pre) * (pre > threshold)
         return sae
 
 # Attached here, so that section 5 holds the mathematics alone.
@@ -742,7 +745,7 @@ def check_sae(cfg, sae, d_in):
     known = all(0 <= i < sae.d_sae for i in cfg.features)
     require(known, f"--features: there are 0 to {sae.d_sae - 1}")
 
-# ---- All of it, in order -------------------------------------------------------------
+# ---- 10. All of it, in order ---------------------------------------------------------
 
 def run(cfg):
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
@@ -776,7 +779,7 @@ def run(cfg):
     if cfg.steps:
         done = train(cfg, sae, buffer)
     else:
-        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)  # in our format
+        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)  # converts it
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics.update(steps=done, tokens=done * cfg.batch_size)
     Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -787,7 +790,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # what it cannot print becomes ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
-    except (OSError, ValueError) as error:  # a user's mistakes
+    except (OSError, ValueError) as error:  # in flags, files, network
         print("sae.py:", *str(error).split(), file=sys.stderr)  # on one line
         sys.exit(2)
     except KeyboardInterrupt:  # outside the training loop: nothing to save
