@@ -4,8 +4,8 @@ After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replica
 Neel Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` trains one on the MLP of
 tiny-1l, a small transformer in this repository. In under three minutes on two CPU cores:
 
-    loss_recovered 0.9769   ce 3.137   ce_sae 3.272   ce_zero 9.001   ce_mean 7.915
-    l0 43.37   fvu 0.1314   dead 0.0007   decoder norms 0.9999998 to 1.0000001
+    loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
+    l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
 (l0: features that fire on a token; fvu: the share of x's variance that x_hat misses.)
 
