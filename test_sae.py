@@ -1040,7 +1040,7 @@ def test_a_hook_with_nothing_to_learn_gets_one_line_too(bias, flags, refused, mo
 # ---- Speed ---------------------------------------------------------------------------------------
 
 @pytest.mark.bench
-@pytest.mark.parametrize("k, limit", [(None, 1.3), (32, 1.4)])
+@pytest.mark.parametrize("k, limit", [(None, 1.25), (32, 1.35)])
 def test_a_training_step_is_little_more_than_its_five_matrix_products(k, limit, request):
     if request.config.getoption("-m") != "bench":
         pytest.skip("only with -m bench: it times")
@@ -1065,4 +1065,4 @@ def test_a_training_step_is_little_more_than_its_five_matrix_products(k, limit, 
             seconds.append(time.perf_counter() - start)
     one, products = (sorted(seconds)[15] for seconds in times.values())
     print(f"\nk={k}: one step / its five matrix products: {one / products:.2f}")
-    assert one / products < limit, "1.25 and 1.32 were measured"
+    assert one / products < limit, "1.21 and 1.29 were measured"
