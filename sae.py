@@ -196,8 +196,8 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache computes the rest of the model, or (stop_at_layer) of the layer. The
-    # exception stops at the hook. (TransformerLens calls stop(act, hook=its hook point).)
+    # run_with_cache would also compute the rest of the model, in a one-layer model even
+    # with stop_at_layer. So an exception, caught just below, stops at the hook.
     def stop(act, hook):
         raise Reached(act)
 
@@ -286,7 +286,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # A feature begins by reading what it writes. For a random direction d, (x @ d) d is
         # x / d_in on average. Half of 8 d_in features fire, so without a factor x_hat would
-        # begin near 4 x. 1/4 would mend that; 0.3 did best in trials.
+        # begin near 4 x. 0.3 brings it near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -449,9 +449,9 @@ def train(cfg, sae, buffer):
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     done = begin(cfg, sae, adam, buffer, x)
 
-    # Defaults, fitted to runs of 600 to 12,000 steps and 2,048 to 12,288 features; there
-    # is no theory behind them. More features, or more than 1,500 steps, need a lower rate.
-    # L1 is in units of x_norm, and grows a little in long runs, to keep L0 as it is.
+    # Defaults, fitted by hand to runs of 600 to 12,000 steps, with 2,048 or 8,192 features;
+    # there is no theory behind them. More features, or more than 1,500 steps, need a lower
+    # rate. L1 is in units of x_norm, and grows in long runs, where L0 would rise otherwise.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
