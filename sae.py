@@ -143,6 +143,8 @@ def all_rows(dataset, tokenizer, seq_len):
     require(eos is not None, "the tokenizer has no EOS")
     packed = []
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
+        found = {"text", "tokens", "input_ids"}.intersection(example)
+        require(found, f"no column text or tokens, but {list(example)}")
         text = example.get("text")
         tokens = example.get("tokens") or example.get("input_ids")
         if isinstance(text, str):
@@ -156,9 +158,6 @@ def all_rows(dataset, tokenizer, seq_len):
         elif isinstance(tokens, list):
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
-        else:  # a text that is null is skipped; no such column at all is an error
-            found = {"text", "tokens", "input_ids"}.intersection(example)
-            require(found, f"no column text or tokens, but {list(example)}")
 
 # Needs: all of section 2, require, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
@@ -560,8 +559,8 @@ def evaluate(model, hook, sae, rows):
 # ---- 8. Looking: what features fire on, and what they do -----------------------------
 
 def visible(tokenizer, tokens):
-    """Tokens as strings with visible spaces. Where a character (語, an emoji) is made of
-    several tokens, the last one shows it, and those before it show as "…"."""
+    """Tokens as strings, as repr would write them, with · for a space. Where a character
+    (語, an emoji) is made of several tokens, the last shows it, those before show "…"."""
     strings = []
     begun = []
     for token in tokens:
@@ -572,23 +571,22 @@ def visible(tokenizer, tokens):
             text = "…"
         else:
             begun = []
-        text = text.replace(" ", "·").replace("\n", "↵")
-        # What does not print is escaped: a tab is \t.
-        strings.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        strings.append(repr(text)[1:-1].replace(" ", "·"))
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [1, d_vocab] of `direction` [1, d_in], as if it were the whole residual
-    stream: its direct effect, not that through later layers. Only their order counts, for
-    ln_final takes the length away. None for hooks where it is not so simple."""
+    """The logits [d_vocab] of `direction` [d_in], as if it were the whole residual stream:
+    its direct effect, not that through later layers. Only their order counts, for ln_final
+    takes the length away. None for hooks where it is not so simple."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
-        direction = direction @ model.blocks[layer].mlp.W_out.float()  # [1, d_model]
+        direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    direction = direction.to(model.cfg.dtype)
-    biases = model.unembed(model.ln_final(0 * direction))  # of a zero stream
-    return (model.unembed(model.ln_final(direction)) - biases).float()
+    # Both ways, for ln_final and unembed may add biases: in the difference they cancel.
+    both = torch.stack([direction, -direction]).to(model.cfg.dtype)
+    logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
+    return logits[0] - logits[1]
 
 def example(strings, f):
     """The text around the token on which f [seq_len] is largest, tinted by f."""
@@ -638,10 +636,10 @@ def report(cfg, model, sae, rows, metrics, frequency):
         most = abs(f_i.max())  # abs: it is -0.0 if the feature never fires
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
-        effect = logit_effect(model, cfg.hook, sae.W_dec[i:i + 1])
+        effect = logit_effect(model, cfg.hook, sae.W_dec[i])
         if effect is not None:
             for word, sign in ("up", 1), ("down", -1):
-                top = (sign * effect[0]).topk(8).indices
+                top = (sign * effect).topk(8).indices
                 tokens = [visible(model.tokenizer, [token])[0] for token in top]
                 page.print(f"{word:>7}  {'  '.join(tokens)}")
 
