@@ -7,13 +7,15 @@ tiny-1l, a small transformer in this repository. In under three minutes on two C
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
-(l0: features that fire on a token; fvu: the share of x's variance that x_hat misses.)
+x is an activation, x_hat the SAE's version of it. ce is the model's loss as it is; ce_sae,
+ce_zero and ce_mean: with x_hat, zeros or the mean of x in place of x. loss_recovered: how
+much of ce_zero - ce is won back with x_hat. l0: how many features fire on a token. fvu: the
+share of x's variance that x_hat misses. dead: the share of features that never fire.
 
-Sections, in the order in which data flows (4 to 6 are the ones to copy; what a piece
-needs stands above it):
-1 Config, 2 Data, 3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training,
-7 Evaluation, 8 Looking at features, 9 Saving, loading, checks (skip it at first),
-10 All of it, in order.
+The sections are in the order in which data flows, and 9 can wait: 1 Config, 2 Data,
+3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at
+features, 9 Saving, loading, checks, 10 All of it. To copy a function or class, look at the
+line above it: "# Needs:" names what it uses from outside.
 """
 
 import glob
@@ -39,9 +41,9 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge  # was HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 
-# Two helpers for error messages. What the file is about starts after them.
+# Two helpers for error messages.
 
 def require(condition, message):
     """For a user's mistakes: main() prints the message, without a traceback."""
@@ -50,7 +52,7 @@ def require(condition, message):
 
 @contextmanager
 def blame(what):
-    """`with blame(what):` an error inside becomes a ValueError that begins with `what`."""
+    """`with blame("--load x"):` an error inside becomes ValueError("--load x: error")"""
     try:
         yield
     except Exception as error:
@@ -67,7 +69,7 @@ class Config:
     hook: str = "blocks.0.mlp.hook_post"  # which activations, in TransformerLens's words
     dataset: str = ""  # stdlib, file, folder, 'glob*' or NAME[:SUBSET[:SPLIT]] on the Hub
     seq_len: int = 128  # tokens in a row of data, BOS included
-    held_out: int = 384  # rows that are not trained on, for evaluation and report
+    held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
     l1: float | None = None  # weight of the L1 term; by default from activations and steps
@@ -118,12 +120,10 @@ def open_dataset(name):
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
-    # To glob, notes[1].txt is a pattern. So `name` is tried as it is, too.
-    files = {name, *glob.glob(name, recursive=True)}
-    files = sorted(filter(os.path.isfile, files))
-    files = [glob.escape(file) for file in files]  # load_dataset expands patterns again
+    files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+    files = [glob.escape(file) for file in files]  # load_dataset takes patterns, too
     tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # taken to be all of one kind; other files (a README) are not data then
+    if tables:  # they are all of one kind, and other files (a README) are not read
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
     if files:
@@ -151,7 +151,7 @@ def all_rows(dataset, tokenizer, seq_len):
             # The characters <|endoftext|> in a text must not become that token.
             ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             packed += ids["input_ids"] + [eos]
-            end = len(packed) - len(packed) % (seq_len - 1)  # the rest waits for more
+            end = len(packed) - len(packed) % (seq_len - 1)  # the rest is kept for later
             for i in range(0, end, seq_len - 1):
                 yield [bos] + packed[i:i + seq_len - 1]
             packed = packed[end:]
@@ -195,8 +195,8 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # run_with_cache would also compute the rest of the model, in a one-layer model even
-    # with stop_at_layer. So an exception, caught just below, stops at the hook.
+    # What comes after the hook would be computed in vain. So an exception, caught just
+    # below, ends the forward pass there.
     def stop(act, hook):
         raise Reached(act)
 
@@ -274,7 +274,7 @@ class SparseAutoencoder(torch.nn.Module):
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
     With k, the threshold rises until only k features per token pass it, on average. (Very
-    nearly BatchTopK, Bussmann et al. 2024: that keeps the k * n largest of each batch.)"""
+    nearly BatchTopK, Bussmann et al. 2024: that keeps the k * batch largest of a batch.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -283,21 +283,20 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. For a random direction d, (x @ d) d is
-        # x / d_in on average. Half of 8 d_in features fire, so without a factor x_hat would
-        # begin near 4 x. 0.3 brings it near x.
+        # A feature begins by reading what it writes. At d_sae = 8 d_in, where half of the
+        # features fire at first, x_hat would be about 4 x. The factor 0.3 brings it near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One per feature, as in SAELens; move_threshold moves all to the same value.
+        # All the same here, but one per feature, as in SAELens's files
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written like that, a step has six large matrix products, not five: the sixth
-        # is the gradient of x - b_dec, [batch, d_in], of which b_dec wants only the sum
-        # over the batch. So here b_dec is a constant in x - b_dec, and gets its gradient
-        # by way of `zero`, one vector for the whole batch. It is 0: all else is the same.
+        # The same value and gradient in five large matrix products a step, not six.
+        # Autograd would compute the gradient of x - b_dec, [batch, d_in], only to sum it
+        # over the batch for b_dec. So b_dec is a constant in x - b_dec here, and `zero`,
+        # whose value is 0, carries its gradient: one vector for the whole batch.
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -327,9 +326,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold a tenth of the way (one batch is noisy) to the value that k
-        features per token of x [n, d_in] pass, on average. No gradient trains it. k is
-        self.k, or larger early in training: see schedule."""
+        """Moves the threshold a tenth of the way (one batch is noisy) to the (k * n)-th
+        largest pre-activation of x [n, d_in], above which there are k features per token.
+        (k is self.k, or larger early in training: see schedule.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         largest = pre.topk(k * len(x)).values  # [k * n], sorted
         self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
@@ -359,13 +358,12 @@ def resample(sae, adam, dead, x):
     "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
-    # Draw examples by the square of their loss, none of them twice: a few with a huge loss
-    # would get nearly all draws, and copies of one feature, firing together, overshoot.
-    # With too few examples, some features stay dead.
+    # Draw examples by the square of their loss, none of them twice: or else a few with a
+    # huge loss would be drawn many times, and give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2) + 1e-30  # above 0, or multinomial may find too few
-    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], which features
+    weight = loss.pow(2) + 1e-30  # multinomial cannot draw what has weight 0
+    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], one for an example at most
     drawn = torch.multinomial(weight, len(revived), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
@@ -390,7 +388,7 @@ def schedule(step, steps):
     progress = step / steps
 
     # 1) The rate warms up over a twentieth of the run, while Adam's moments rest on few
-    #    gradients. (0.01: the rate of the first step is not 0.)
+    #    gradients. (+ 0.01, or the first step would be none.)
     warm_up = min(1.0, 20 * progress + 0.01)
 
     # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to
@@ -406,47 +404,35 @@ def schedule(step, steps):
 
     return lr_factor, l1_factor, k_factor
 
-def begin(cfg, sae, adam, buffer, x):
-    """Sets up a new SAE, adjusts a loaded one, or resumes a run -> steps done"""
-    if cfg.resume:
-        done = load_checkpoint(cfg, sae, adam)
-        used = done * cfg.batch_size // buffer.per_row  # rows, roughly
-        for _ in tqdm(range(used), "skipping old rows"):
-            next(buffer.rows)
-        return done
-    if cfg.load:
-        # In SAELens the rows of W_dec may have any length. Each is divided by it, and its
-        # feature's encoder multiplied, so x_hat stays. normalize() alone would change it.
-        length = sae.W_dec.norm(dim=-1)  # [d_sae]
-        for weights in (sae.W_enc, sae.b_enc, sae.threshold):
-            weights.data *= length
-        sae.normalize()
-    else:
-        sae.b_dec.data = x.mean(0)
-    return 0
-
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
     # x_norm is the typical distance of x from its mean. (The median: a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    rounding_error = 1e-5 * x.norm(dim=-1).median()  # less could be mere rounding
-    usable = rounding_error < x_norm < math.inf  # False for nan
+    smallest = 1e-5 * x.norm(dim=-1).median()  # below this, x differs by rounding only
+    usable = smallest < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # An Adam step is about as large as its rate, whatever the gradient. If x were ten
-    # times as large, f and the biases would have to be, too, while W_enc and W_dec could
-    # stay. So the biases' rate is in units of a typical entry of x - mean.
+    # Adam moves every weight by about the rate, whatever the gradient. If x is ten times as
+    # large, W_enc and W_dec can stay as they are, but the biases have to be ten times as
+    # large. So their rate is in units of a typical entry of x - mean.
     groups = [{"params": [sae.W_enc], "lr_scale": 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "lr_scale": x_norm / sae.d_in ** 0.5}]
     if sae.k:
-        # A feature that no x lifts above the threshold gets no gradient. With k that is
-        # a greater danger than with a ReLU, for the threshold is well above 0. By trial:
-        # with half the rate for W_enc, far fewer features die.
+        # A feature that no x lifts above the threshold gets no gradient. With k, many die
+        # of that. By trial: far fewer with half the rate for W_enc.
         groups[0]["lr_scale"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    done = begin(cfg, sae, adam, buffer, x)
+
+    # Where to begin: at an interrupted run, a loaded SAE, or the mean of x.
+    done = 0
+    if cfg.resume:
+        done = load_checkpoint(cfg, sae, adam, buffer)
+    elif cfg.load:
+        move_lengths(sae)
+    else:
+        sae.b_dec.data = x.mean(0)
 
     # Defaults, fitted by hand to runs of 600 to 12,000 steps, with 2,048 or 8,192 features;
     # there is no theory behind them. More features, or more than 1,500 steps, need a lower
@@ -461,8 +447,8 @@ def train(cfg, sae, buffer):
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
-    # buffering=1: each line is written at once.
-    log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
+    mode = "a" if cfg.resume else "w"
+    log = open(Path(cfg.out, "train.jsonl"), mode, buffering=1)  # 1: written line by line
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
     try:
         for step in bar:
@@ -560,7 +546,7 @@ def evaluate(model, hook, sae, rows):
 
 def visible(tokenizer, tokens):
     """Tokens as strings, as repr would write them, with · for a space. Where a character
-    (語, an emoji) is made of several tokens, the last shows it, those before show "…"."""
+    (語, an emoji) takes several tokens, the last shows it, and those before show "…"."""
     strings = []
     begun = []
     for token in tokens:
@@ -575,15 +561,15 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [d_vocab] of `direction` [d_in], as if it were the whole residual stream:
-    its direct effect, not that through later layers. Only their order counts, for ln_final
-    takes the length away. None for hooks where it is not so simple."""
+    """The direct effect of `direction` [d_in] on the logits [d_vocab]: the final norm and
+    the unembedding of it alone. The norm takes its length away, so only the order of the
+    logits counts. None for hooks whose output is not added to the residual stream."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # Both ways, for ln_final and unembed may add biases: in the difference they cancel.
+    # Less the effect of -direction: so the biases of ln_final and unembed cancel.
     both = torch.stack([direction, -direction]).to(model.cfg.dtype)
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -594,7 +580,7 @@ def example(strings, f):
     line = Text(f"{peak:7.2f}  ")
     start = max(1, int(place) - 12)  # 0 is BOS
     for string, value in zip(strings[start:start + 20], f[start:start + 20]):
-        tint = 255 - int(150 * (value / peak))  # with black text, for light and dark windows
+        tint = 255 - int(150 * (value / peak))  # a larger f is a deeper orange
         style = f"#000000 on rgb(255,{tint},{tint // 2})" if value > 0 else ""
         line.append(string, style)
     return line
@@ -614,7 +600,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("Feature densities (a bar: from its share of tokens to the next bar's)")
+    page.print("Features by the share of tokens on which they fire (of at least ...)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
@@ -633,7 +619,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f[:, 0] = 0.0  # BOS
     strings = [visible(model.tokenizer, row) for row in rows]
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # abs: it is -0.0 if the feature never fires
+        most = abs(f_i.max())  # abs, for -0.0
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -705,12 +691,20 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # SAELens's relu(pre) * (pre > threshold)
+        sae.threshold.clamp_(min=0)  # SAELens applies a ReLU, too: below 0 means 0
         return sae
 
 # Attached here, so that section 5 holds the mathematics alone.
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
+
+def move_lengths(sae):
+    """In SAELens, the rows of W_dec may have any length. Each is moved into its feature's
+    encoder, so x_hat stays the same. (normalize alone would change it.)"""
+    length = sae.W_dec.norm(dim=-1)  # [d_sae]
+    for weights in (sae.W_enc, sae.b_enc, sae.threshold):
+        weights.data *= length
+    sae.normalize()
 
 def save_checkpoint(cfg, sae, adam, done):
     finite = sae.W_enc.isfinite().all()
@@ -719,12 +713,15 @@ def save_checkpoint(cfg, sae, adam, done):
     state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done)
     write(Path(cfg.out, "resume.pt"), torch.save, state)
 
-def load_checkpoint(cfg, sae, adam):
+def load_checkpoint(cfg, sae, adam, buffer):
     with blame(f"--resume: {cfg.out}"):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-        return state["done"]
+    used = state["done"] * cfg.batch_size // buffer.per_row  # rows, roughly
+    for _ in tqdm(range(used), "skipping old rows"):
+        next(buffer.rows)
+    return state["done"]
 
 def check_model(cfg, model, rows):
     near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
@@ -777,7 +774,7 @@ def run(cfg):
     if cfg.steps:
         done = train(cfg, sae, buffer)
     else:
-        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)  # converts it
+        sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook)  # in SAELens's format
     metrics, frequency = evaluate(model, cfg.hook, sae, rows)
     metrics.update(steps=done, tokens=done * cfg.batch_size)
     Path(cfg.out, "metrics.json").write_text(json.dumps(metrics, indent=1))

@@ -281,7 +281,7 @@ def kinds(tmp_path_factory):
     return folder
 
 @pytest.mark.parametrize("name", [
-    "txt [1]", "txt ?1?/*.txt", "a.json", "a [1].jsonl", "a.csv", "a.parquet", "count.parquet",
+    "txt [1]", "txt ?1?/*.txt", "a.json", "a ?1?.jsonl", "a.csv", "a.parquet", "count.parquet",
     "null.parquet", "two/*.jsonl", "two"])
 def test_rows_hold_the_text_and_it_alone_whatever_files_it_is_in(name, tokenizer, kinds):
     rows = S.all_rows(f"{kinds}/{name}", tokenizer, 128)
