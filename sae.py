@@ -7,14 +7,14 @@ tiny-1l, a small transformer in this repository. In under three minutes on two C
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
-x is an activation, x_hat the SAE's version of it. ce is the model's loss as it is; ce_sae,
-ce_zero and ce_mean: with x_hat, zeros or the mean of x in place of x. loss_recovered: how
-much of ce_zero - ce is won back with x_hat. l0: how many features fire on a token. fvu: the
-share of x's variance that x_hat misses. dead: the share of features that never fire.
+x is an activation, x_hat the SAE's version of it. ce: the model's loss as it is; ce_sae,
+ce_zero, ce_mean: with x_hat, zeros, the mean of x in place of x. loss_recovered: how much
+of ce_zero - ce is won back by x_hat. l0: how many features fire on a token. fvu: the part
+of x's variance that x_hat misses. dead: the part of the features that never fire.
 
 The sections are in the order in which data flows, and 9 can wait: 1 Config, 2 Data,
-3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at
-features, 9 Saving, loading, checks, 10 All of it. To copy a function or class, look at the
+3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking
+at features, 9 Saving, loading, checks, 10 All of it. To copy a function or class, see the
 line above it: "# Needs:" names what it uses from outside.
 """
 
@@ -274,7 +274,7 @@ class SparseAutoencoder(torch.nn.Module):
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
     With k, the threshold rises until only k features per token pass it, on average. (Very
-    nearly BatchTopK, Bussmann et al. 2024: that keeps the k * batch largest of a batch.)"""
+    nearly BatchTopK, Bussmann et al. 2024: it keeps the k * batch largest of a batch.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -284,7 +284,7 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # A feature begins by reading what it writes. At d_sae = 8 d_in, where half of the
-        # features fire at first, x_hat would be about 4 x. The factor 0.3 brings it near x.
+        # features fire at first, x_hat would be about 4 x. 0.3 brings it near x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -339,7 +339,7 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def project_gradient(self):
         """Before step(): takes out the part of each row's gradient that could only change
-        its length. Left in, it would build up in Adam's moments and distort later steps."""
+        its length. Left in, it would fill Adam's moments and distort later steps."""
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
 
@@ -363,7 +363,7 @@ def resample(sae, adam, dead, x):
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # multinomial cannot draw what has weight 0
-    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], one for an example at most
+    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most one an example
     drawn = torch.multinomial(weight, len(revived), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
@@ -413,9 +413,9 @@ def train(cfg, sae, buffer):
     usable = smallest < x_norm < math.inf  # False for nan
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # Adam moves every weight by about the rate, whatever the gradient. If x is ten times as
-    # large, W_enc and W_dec can stay as they are, but the biases have to be ten times as
-    # large. So their rate is in units of a typical entry of x - mean.
+    # Adam moves every weight by about the rate, whatever the gradient. If x is ten times
+    # as large, W_enc and W_dec can stay as they are, but the biases have to be ten times
+    # as large. So their rate is in units of a typical entry of x - mean.
     groups = [{"params": [sae.W_enc], "lr_scale": 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "lr_scale": x_norm / sae.d_in ** 0.5}]
@@ -434,9 +434,9 @@ def train(cfg, sae, buffer):
     else:
         sae.b_dec.data = x.mean(0)
 
-    # Defaults, fitted by hand to runs of 600 to 12,000 steps, with 2,048 or 8,192 features;
-    # there is no theory behind them. More features, or more than 1,500 steps, need a lower
-    # rate. L1 is in units of x_norm, and grows in long runs, where L0 would rise otherwise.
+    # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192 features,
+    # without a theory. Many features, or more than 1,500 steps, need a lower rate. L1 is
+    # in units of x_norm, and larger in long runs, where L0 would rise otherwise.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
@@ -471,7 +471,7 @@ def train(cfg, sae, buffer):
             sae.normalize()
             adam.zero_grad()
 
-            # ---- The step is done. What follows revives dead features, logs, saves. ----
+            # ---- The step is done. Below: revive dead features, log, save. ----
 
             done = step + 1
             fired = f.amax(dim=0) > 0  # [d_sae], for some x of this batch
@@ -502,8 +502,8 @@ def train(cfg, sae, buffer):
 # Needs: torch, F, tqdm, get_activations.
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
-    """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae], as
-    a share of the tokens. The activations of BOS are not counted and not replaced."""
+    """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae],
+    as a share of the tokens. The activations of BOS are not counted and not replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)
@@ -533,7 +533,7 @@ def evaluate(model, hook, sae, rows):
     ce_zero = cross_entropy(lambda x: torch.zeros_like(x))
     ce_mean = cross_entropy(lambda x: mean.expand_as(x))
     recovered = None
-    if ce_zero - ce > 0.01:  # otherwise zeros are as good as x: there is nothing to recover
+    if ce_zero - ce > 0.01:  # or else zeros are as good as x: nothing to win back
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
     fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
     dead = (fired == 0).float().mean()  # on none of these tokens
@@ -546,13 +546,13 @@ def evaluate(model, hook, sae, rows):
 
 def visible(tokenizer, tokens):
     """Tokens as strings, as repr would write them, with · for a space. Where a character
-    (語, an emoji) takes several tokens, the last shows it, and those before show "…"."""
+    (語, an emoji) takes several tokens, the last shows it, those before show "…"."""
     strings = []
     begun = []
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        # \ufffd: not yet a whole character. (No character has more than 4 bytes.)
+        # \ufffd: not a whole character yet. (After 4 tokens it cannot become one.)
         if text.endswith("\ufffd") and len(begun) < 4:
             text = "…"
         else:
@@ -659,8 +659,8 @@ def save_sae(sae, folder, **metadata):
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "cfg.json").write_text(json.dumps(cfg))
     write(Path(folder, "sae_weights.safetensors"), save_file, weights)
+    Path(folder, "cfg.json").write_text(json.dumps(cfg))
 
 # SAELens has more options, which scale or reshape x or f. These values mean "none of
 # that", which is what is computed here; with others, the numbers would be wrong.
@@ -699,8 +699,8 @@ SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
 def move_lengths(sae):
-    """In SAELens, the rows of W_dec may have any length. Each is moved into its feature's
-    encoder, so x_hat stays the same. (normalize alone would change it.)"""
+    """In SAELens, rows of W_dec may have any length. Here each length moves into its
+    feature's encoder, so x_hat stays the same. (normalize alone would change it.)"""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights.data *= length
