@@ -1,21 +1,23 @@
 """sae.py: train a sparse autoencoder (SAE) on a language model's activations.
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
-Neel Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` trains one on the MLP of
-tiny-1l, a small transformer in this repository. In under three minutes on two CPU cores:
+Neel Nanda's 1L-Sparse-Autoencoder ("the first replication" below).
+`python sae.py --steps 1000` trains one on the MLP of tiny-1l, a small transformer in this
+repository. It takes under three minutes on two CPU cores, and prints:
 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
-x is an activation, x_hat the SAE's version of it. ce: the model's loss as it is; ce_sae,
-ce_zero, ce_mean: with x_hat, zeros, the mean of x in place of x. loss_recovered: how much
-of ce_zero - ce is won back by x_hat. l0: how many features fire on a token. fvu: the part
-of x's variance that x_hat misses. dead: the part of the features that never fire.
+x is an activation, x_hat the SAE's version of it. ce is the model's loss; ce_sae, ce_zero
+and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of x.
+loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a token.
+fvu: the fraction of x's variance that x_hat misses. dead: the fraction of features that
+never fire.
 
-The sections are in the order in which data flows, and 9 can wait: 1 Config, 2 Data,
-3 Language model, 4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking
-at features, 9 Saving, loading, checks, 10 All of it. To copy a function or class, see the
-line above it: "# Needs:" names what it uses from outside.
+Sections, in the order in which data flows: 1 Config, 2 Data, 3 Language model, 4 Activation
+buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at features, 9 Saving, loading,
+checks (skip it at first), 10 All of it. A class or function with a line "# Needs:" above it
+can be copied into other code, together with what that line names.
 """
 
 import glob
@@ -41,9 +43,9 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import TransformerBridge  # newer HookedTransformer
 
-# Two helpers for error messages.
+# Two helpers for error messages
 
 def require(condition, message):
     """For a user's mistakes: main() prints the message, without a traceback."""
@@ -58,7 +60,7 @@ def blame(what):
     except Exception as error:
         raise ValueError(f"{what}: {error}") from error
 
-# ---- 1. Config: every field is a flag; its comment is the help text (tyro reads it) --
+# ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
 
 # SAEs of gelu-1l, for --load: files of NeelNanda/sparse_autoencoder on the Hub
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
@@ -66,18 +68,18 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
-    hook: str = "blocks.0.mlp.hook_post"  # which activations, in TransformerLens's words
+    hook: str = "blocks.0.mlp.hook_post"  # which activations: TransformerLens's name
     dataset: str = ""  # stdlib, file, folder, 'glob*' or NAME[:SUBSET[:SPLIT]] on the Hub
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
-    l1: float | None = None  # weight of the L1 term; by default from activations and steps
-    k: int | None = None  # features per token, on average (BatchTopK), in place of L1
+    l1: float | None = None  # weight of the L1 term; the default is set in train()
+    k: int | None = None  # keep k features per token on average (BatchTopK), without L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
     batch_size: int = 1024  # activations a step (first replication: 4096)
-    lr: float | None = None  # peak learning rate; by default from d_sae and steps
+    lr: float | None = None  # peak learning rate; the default is set in train()
     buffer: int = 64  # batches in the activation buffer (first replication: 384)
     seed: int = 0  # of the initial weights and of the order of activations
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
@@ -121,9 +123,9 @@ def open_dataset(name):
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]  # load_dataset takes patterns, too
+    files = [glob.escape(file) for file in files]  # a [ in a name is not a pattern
     tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # they are all of one kind, and other files (a README) are not read
+    if tables:  # assumed to be of one kind; other files (a README) are ignored
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
     if files:
@@ -137,7 +139,7 @@ def all_rows(dataset, tokenizer, seq_len):
     time (the seed of the shuffle is fixed), so that the same rows stay held out.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
-    first replication: 1,024 into 8 x 128, the first token of each overwritten by BOS."""
+    first replication: 1,024 of them into 8 rows of 128, whose first token becomes BOS."""
     eos = tokenizer.eos_token_id
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     require(eos is not None, "the tokenizer has no EOS")
@@ -148,7 +150,7 @@ def all_rows(dataset, tokenizer, seq_len):
         text = example.get("text")
         tokens = example.get("tokens") or example.get("input_ids")
         if isinstance(text, str):
-            # The characters <|endoftext|> in a text must not become that token.
+            # split_special_tokens: a text's <|endoftext|> remains plain characters.
             ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             packed += ids["input_ids"] + [eos]
             end = len(packed) - len(packed) % (seq_len - 1)  # the rest is kept for later
@@ -163,7 +165,7 @@ def all_rows(dataset, tokenizer, seq_len):
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:
-        n = 0  # index of the last row
+        n = 0  # the last row's index, in the end (0 if there is none)
         with blame(f"--dataset {dataset}"):
             for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
                 is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
@@ -189,15 +191,14 @@ def load_model(name, device="cpu"):
     return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
 
 class Reached(Exception):
-    """Carries the activations at a hook out of the forward pass, and so ends it."""
+    """Ends the forward pass and carries the activations out."""
 
 # Needs: torch, Reached.
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # What comes after the hook would be computed in vain. So an exception, caught just
-    # below, ends the forward pass there.
-    def stop(act, hook):
+    # An exception ends the forward pass at the hook, for the rest of it is not needed.
+    def stop(act, hook):  # TransformerLens passes hook by name
         raise Reached(act)
 
     try:
@@ -228,13 +229,13 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        # On CUDA in bfloat16, in which the model computes: half the memory.
+        # Half the memory on CUDA. Nothing is lost: the model computes in bfloat16 there.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
-        # refill() draws `order`, a random order in which its slots are served. Those in
-        # order[:served] have been, and may be overwritten. At the start that is all of
-        # them, so the first next() fills everything.
+        # refill() draws `order`, a random order of its slots, and next() serves them in it.
+        # The slots order[:served] have been served, and may be overwritten. At the start
+        # all count as served, so the first next() fills everything.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -243,14 +244,14 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows at a time. What the last row has left over is dropped.
+        # 64 rows at a time. If the last row is longer than the slots left, it is cut off.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
             self.store[slots] = act[:len(slots)].to(self.store.dtype)
-        order = torch.randperm(len(self.store))  # on the CPU: the same on every device
+        order = torch.randperm(len(self.store))  # on the CPU: the same on each device
         self.order = order.to(self.order.device)
         self.served = 0
 
@@ -273,8 +274,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, the threshold rises until only k features per token pass it, on average. (Very
-    nearly BatchTopK, Bussmann et al. 2024: it keeps the k * batch largest of a batch.)"""
+    With k, move_threshold raises the threshold before each training step until only k
+    features per token pass it on average. (BatchTopK, Bussmann et al. 2024, is nearly
+    the same: it keeps the k * batch largest pre-activations of a batch.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -283,20 +285,21 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # A feature begins by reading what it writes. At d_sae = 8 d_in, where half of the
-        # features fire at first, x_hat would be about 4 x. 0.3 brings it near x.
+        # The encoder begins as the decoder, transposed. Each feature that fires then gives
+        # back about 1 / d_in of x; if half of 8 d_in fire, 4 x. Times 0.3 that is 1.2 x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # All the same here, but one per feature, as in SAELens's files
+        # One per feature, as in SAELens. Training here keeps them equal.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The same value and gradient in five large matrix products a step, not six.
-        # Autograd would compute the gradient of x - b_dec, [batch, d_in], only to sum it
-        # over the batch for b_dec. So b_dec is a constant in x - b_dec here, and `zero`,
-        # whose value is 0, carries its gradient: one vector for the whole batch.
+        # A step takes five large products: pre, x_hat, the gradients of f, W_dec, W_enc.
+        # Autograd would add a sixth, the gradient of x - b_dec, only to sum it over the
+        # batch for b_dec. So b_dec is detached there, and `zero`, whose value is 0, carries
+        # its gradient. (x @ W_enc - b_dec @ W_enc would do, too. But where x has a large
+        # mean, it is a small difference of large numbers: rounding would spoil it.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -326,12 +329,12 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold a tenth of the way (one batch is noisy) to the (k * n)-th
-        largest pre-activation of x [n, d_in], above which there are k features per token.
+        """Moves the threshold a tenth of the way, since one batch is noisy, to the value
+        that k features per token of x [n, d_in] exceed. No gradient trains it.
         (k is self.k, or larger early in training: see schedule.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
-        largest = pre.topk(k * len(x)).values  # [k * n], sorted
-        self.threshold.lerp_(largest[-1].clamp(min=0), 0.1)
+        target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest
+        self.threshold.lerp_(target.clamp(min=0), 0.1)
 
     # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
     # same x_hat. A training step is: project_gradient, optimizer.step, normalize.
@@ -358,20 +361,20 @@ def resample(sae, adam, dead, x):
     "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
     x [n, d_in]: some thousands of examples."""
 
-    # Draw examples by the square of their loss, none of them twice: or else a few with a
-    # huge loss would be drawn many times, and give many copies of the same feature.
+    # Draw examples with a probability that grows with the square of their loss. None is
+    # drawn twice, or a few with a huge loss would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2) + 1e-30  # multinomial cannot draw what has weight 0
-    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most one an example
+    weight = loss.pow(2) + 1e-30  # not 0, so that any can be drawn
+    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], not more than examples
     drawn = torch.multinomial(weight, len(revived), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
-    # of the others' mean length, as in the paper; with k the full mean length, so that
-    # it can pass the threshold. (If all are dead, there are no others.)
+    # of the others' mean length, as in the paper. With k it has all of it, so that it can
+    # pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if not dead.all():
+    if not dead.all():  # if they are, there are no others
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
@@ -384,48 +387,47 @@ def resample(sae, adam, dead, x):
         adam.state[sae.b_enc][moment][revived] = 0.0
 
 def schedule(step, steps):
-    """The factors of the learning rate, of the L1 weight and of k at this step."""
+    """The factors for the learning rate, the L1 weight and k at this step"""
     progress = step / steps
 
     # 1) The rate warms up over a twentieth of the run, while Adam's moments rest on few
-    #    gradients. (+ 0.01, or the first step would be none.)
+    #    gradients (+ 0.01: it is not 0 at step 0). It falls to 0 over the last fifth.
     warm_up = min(1.0, 20 * progress + 0.01)
-
-    # 2) Over the last fifth the rate falls to 0, and the weights settle. L1 falls to
-    #    half: it has kept all f too small, and now they grow back.
     decay = min(1.0, 5 * (1 - progress))
     lr_factor = warm_up * decay
 
-    # 3) A feature first has to find a use, or it dies. So sparsity is phased in over
-    #    half of the run: L1 grows from 0, and k falls from 8 times its value.
+    # 2) Sparsity is phased in over half of the run, because a feature dies if it does not
+    #    find a use first: L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
-    l1_factor = growth * (1 + decay) / 2
     k_factor = 8 ** (1 - growth)
+
+    # 3) L1 keeps every f below its best value. Over the last fifth L1 falls to half, and
+    #    f recovers a part of that.
+    l1_factor = growth * (1 + decay) / 2
 
     return lr_factor, l1_factor, k_factor
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    # x_norm is the typical distance of x from its mean. (The median: a few x are huge.)
+    # x_norm: how far x typically is from its mean. (Median, because a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    smallest = 1e-5 * x.norm(dim=-1).median()  # below this, x differs by rounding only
-    usable = smallest < x_norm < math.inf  # False for nan
+    # A hook may be constant (then x_norm is a rounding error), or overflow (nan, inf).
+    usable = 1e-5 * x.norm(dim=-1).median() < x_norm < math.inf
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # Adam moves every weight by about the rate, whatever the gradient. If x is ten times
-    # as large, W_enc and W_dec can stay as they are, but the biases have to be ten times
-    # as large. So their rate is in units of a typical entry of x - mean.
+    # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
+    # as large, the biases have to be, too, while W_enc and W_dec can stay as they are. So
+    # the biases' rate is scaled by a typical entry of x - mean.
     groups = [{"params": [sae.W_enc], "lr_scale": 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "lr_scale": x_norm / sae.d_in ** 0.5}]
     if sae.k:
-        # A feature that no x lifts above the threshold gets no gradient. With k, many die
-        # of that. By trial: far fewer with half the rate for W_enc.
+        # With half the rate for W_enc, far fewer features die. (Found by experiment.)
         groups[0]["lr_scale"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
-    # Where to begin: at an interrupted run, a loaded SAE, or the mean of x.
+    # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
     if cfg.resume:
         done = load_checkpoint(cfg, sae, adam, buffer)
@@ -434,16 +436,16 @@ def train(cfg, sae, buffer):
     else:
         sae.b_dec.data = x.mean(0)
 
-    # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192 features,
-    # without a theory. Many features, or more than 1,500 steps, need a lower rate. L1 is
-    # in units of x_norm, and larger in long runs, where L0 would rise otherwise.
+    # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192 features.
+    # There is no theory behind them, but for x_norm: the squared error grows with the
+    # square of x, and f only with x.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
 
-    # A feature that is silent for a twentieth of the run is dead, until it fires.
+    # A feature that has been silent for a twentieth of the run counts as dead.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
@@ -477,7 +479,7 @@ def train(cfg, sae, buffer):
             fired = f.amax(dim=0) > 0  # [d_sae], for some x of this batch
             silent = torch.where(fired, 0, silent + 1)
             dead = silent >= patience  # [d_sae]
-            # Not near the end, where a revived feature has no time to learn.
+            # Not near the end: a revived feature needs time to learn.
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
@@ -503,7 +505,7 @@ def train(cfg, sae, buffer):
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae],
-    as a share of the tokens. The activations of BOS are not counted and not replaced."""
+    as a share of the tokens. BOS is left out of l0, fvu and dead, and not replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)
@@ -530,13 +532,13 @@ def evaluate(model, hook, sae, rows):
 
     ce = cross_entropy(lambda x: x)  # nothing replaced
     ce_sae = cross_entropy(lambda x: sae(x)[0])
-    ce_zero = cross_entropy(lambda x: torch.zeros_like(x))
+    ce_zero = cross_entropy(torch.zeros_like)
     ce_mean = cross_entropy(lambda x: mean.expand_as(x))
     recovered = None
-    if ce_zero - ce > 0.01:  # or else zeros are as good as x: nothing to win back
+    if ce_zero - ce > 0.01:  # if not, zeros are as good as x: nothing to win back
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
     fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
-    dead = (fired == 0).float().mean()  # on none of these tokens
+    dead = (fired == 0).float().mean()  # fired on none of these tokens
     l0 = fired.sum() / len(x)
     metrics = dict(loss_recovered=recovered, ce=ce, ce_sae=ce_sae, ce_zero=ce_zero,
                    ce_mean=ce_mean, l0=l0.item(), fvu=fvu.item(), dead=dead.item())
@@ -545,31 +547,31 @@ def evaluate(model, hook, sae, rows):
 # ---- 8. Looking: what features fire on, and what they do -----------------------------
 
 def visible(tokenizer, tokens):
-    """Tokens as strings, as repr would write them, with · for a space. Where a character
-    (語, an emoji) takes several tokens, the last shows it, those before show "…"."""
+    """Tokens as strings, as repr would write them, with · for a space. A character that
+    takes several tokens (語, an emoji) is shown by the last of them; the others show "…"."""
     strings = []
-    begun = []
+    begun = []  # tokens of a character that is not complete
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        # \ufffd: not a whole character yet. (After 4 tokens it cannot become one.)
+        # \ufffd stands for a part of a character. (None has more than four parts.)
         if text.endswith("\ufffd") and len(begun) < 4:
-            text = "…"
+            strings.append("…")
         else:
+            strings.append(repr(text)[1:-1].replace(" ", "·"))
             begun = []
-        strings.append(repr(text)[1:-1].replace(" ", "·"))
     return strings
 
 def logit_effect(model, hook, direction):
-    """The direct effect of `direction` [d_in] on the logits [d_vocab]: the final norm and
-    the unembedding of it alone. The norm takes its length away, so only the order of the
-    logits counts. None for hooks whose output is not added to the residual stream."""
+    """The logits [d_vocab] if the residual stream were `direction` [d_in] alone (logit
+    lens). The final norm takes its length away, so only the order of the logits counts.
+    None for hooks that are neither in the residual stream nor mlp.hook_post."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # Less the effect of -direction: so the biases of ln_final and unembed cancel.
+    # The difference to -direction: in it the biases of ln_final and unembed cancel.
     both = torch.stack([direction, -direction]).to(model.cfg.dtype)
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -588,6 +590,7 @@ def example(strings, f):
 @torch.no_grad()
 def report(cfg, model, sae, rows, metrics, frequency):
     """Metrics, densities, features: first as a page in cfg.out, then on the terminal."""
+    # Prints nothing yet. It records, for the two exports at the end.
     page = Console(file=StringIO(), record=True, width=min(100, Console().width),
                    highlight=False, markup=False, emoji=False)
     size = f"{sae.d_sae} features, {metrics['steps']} steps"
@@ -600,14 +603,14 @@ def report(cfg, model, sae, rows, metrics, frequency):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("Features by the share of tokens on which they fire (of at least ...)")
+    page.print("How many features fire on what share of tokens (up to the next bar's)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
         bar = "█" * round(60 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
-    # By default twenty features, evenly from rare (ten of 50,000 tokens) to frequent.
+    # By default twenty features, evenly from rare (2e-4 of the tokens) to frequent.
     chosen = cfg.features
     if not chosen:
         order = frequency.argsort()
@@ -617,9 +620,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
     acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
-    strings = [visible(model.tokenizer, row) for row in rows]
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # abs, for -0.0
+        most = abs(f_i.max())  # if it never fires, f is -0.0
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -629,10 +631,10 @@ def report(cfg, model, sae, rows, metrics, frequency):
                 tokens = [visible(model.tokenizer, [token])[0] for token in top]
                 page.print(f"{word:>7}  {'  '.join(tokens)}")
 
-        # The five rows in which it is strongest.
+        # Its five strongest rows.
         for row in f_i.max(dim=1).values.topk(min(5, len(rows))).indices:
             if f_i[row].max() > 0:
-                line = example(strings[row], f_i[row])
+                line = example(visible(model.tokenizer, rows[row]), f_i[row])
                 page.print(line, no_wrap=True, overflow="ellipsis")
 
     text = page.export_html(clear=False)
@@ -643,7 +645,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
 # ---- 9. Saving, loading, checks: skip it on a first reading --------------------------
 
 def write(path, save, thing):
-    """All or nothing: after a crash, or on a full disk, the old file is still there."""
+    """Atomic: after a crash, or on a full disk, the old file is still there."""
     with blame(path):
         save(thing, f"{path}.part")
         os.replace(f"{path}.part", path)
@@ -662,8 +664,8 @@ def save_sae(sae, folder, **metadata):
     write(Path(folder, "sae_weights.safetensors"), save_file, weights)
     Path(folder, "cfg.json").write_text(json.dumps(cfg))
 
-# SAELens has more options, which scale or reshape x or f. These values mean "none of
-# that", which is what is computed here; with others, the numbers would be wrong.
+# What load_sae accepts in SAELens's cfg.json. Other values scale or reshape x or f in ways
+# that are not computed here.
 SUPPORTED = dict(
     architecture=("standard", "jumprelu"),  # SAELens saves a trained batchtopk as jumprelu
     normalize_activations=("none",), reshape_activations=("none",),
@@ -699,8 +701,8 @@ SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
 def move_lengths(sae):
-    """In SAELens, rows of W_dec may have any length. Here each length moves into its
-    feature's encoder, so x_hat stays the same. (normalize alone would change it.)"""
+    """Rows of a loaded W_dec may have any length. Each row is divided by it and its
+    feature multiplied, so x_hat stays the same. (normalize alone would change it.)"""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights.data *= length
@@ -708,7 +710,7 @@ def move_lengths(sae):
 
 def save_checkpoint(cfg, sae, adam, done):
     finite = sae.W_enc.isfinite().all()
-    require(finite, f"step {done}: the weights are not finite; lower --lr, or --l1")
+    require(finite, f"step {done}: weights are not finite; lower --lr, or --l1")
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
     state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done)
     write(Path(cfg.out, "resume.pt"), torch.save, state)
@@ -732,8 +734,7 @@ def check_model(cfg, model, rows):
 
 def check_sae(cfg, sae, d_in):
     for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
-        found = getattr(sae, name)
-        # None: the flag was not given.
+        found = getattr(sae, name)  # wanted is None if the flag was not given
         require(wanted in (None, found), f"the SAE has {name} {found}, not {wanted}")
     require(sae.k is None or sae.k <= sae.d_sae, f"--k {sae.k} of {sae.d_sae} features")
     require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term")
@@ -748,7 +749,7 @@ def run(cfg):
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {cfg.device}"):  # fails here if there is no such device
+    with blame(f"--device {cfg.device}"):  # a tensor shows whether it exists
         device = str(torch.zeros(1, device=cfg.device or best).device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
@@ -782,7 +783,7 @@ def run(cfg):
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what it cannot print becomes ?
+        sys.stdout.reconfigure(errors="replace")  # if it cannot print █, ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
     except (OSError, ValueError) as error:  # in flags, files, network
