@@ -547,8 +547,8 @@ def evaluate(model, hook, sae, rows):
 # ---- 8. Looking: what features fire on, and what they do -----------------------------
 
 def visible(tokenizer, tokens):
-    """Tokens as strings, as repr would write them, with · for a space. A character that
-    takes several tokens (語, an emoji) is shown by the last of them; the others show "…"."""
+    """Tokens as strings, with · for a space and ↵ for a newline. A character that takes
+    several tokens (語, an emoji) is shown by the last of them; the others show "…"."""
     strings = []
     begun = []  # tokens of a character that is not complete
     for token in tokens:
@@ -558,7 +558,8 @@ def visible(tokenizer, tokens):
         if text.endswith("\ufffd") and len(begun) < 4:
             strings.append("…")
         else:
-            strings.append(repr(text)[1:-1].replace(" ", "·"))
+            text = text.replace(" ", "·").replace("\n", "↵")
+            strings.append(repr(text)[1:-1])  # a tab is \t
             begun = []
     return strings
 

@@ -726,7 +726,7 @@ def test_where_there_is_nothing_to_recover_no_number_is_made_up(home, rows, tmp_
 # ---- The report ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("token, right", [("<b>&amp;", "<b>&amp;"), ("[/red]", "[/red]"),
-    (" a", "·a"), ("\n", r"\n"), ("\t", r"\t"), ("\\n", r"\\n"), ("\x00", r"\x00"), ("語", "……語"),
+    (" a", "·a"), ("\n", "↵"), ("\t", r"\t"), ("\\n", r"\\n"), ("\x00", r"\x00"), ("語", "……語"),
     ("🙂", "………🙂"), ("é語🙂 é", "…é……語………🙂·…é")])
 def test_tokens_are_shown_as_they_are(token, right):
     tokenizer = make_tokenizer([])
