@@ -2,22 +2,22 @@
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
 Neel Nanda's 1L-Sparse-Autoencoder ("the first replication" below).
-`python sae.py --steps 1000` trains one on the MLP of tiny-1l, a small transformer in this
-repository. It takes under three minutes on two CPU cores, and prints:
+`python sae.py --steps 1000` trains one on the MLP of tiny-1l, a small transformer in
+this repository. It takes under three minutes on two CPU cores, and ends with:
 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
-x is an activation, x_hat the SAE's version of it. ce is the model's loss; ce_sae, ce_zero
-and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of x.
-loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a token.
-fvu: the fraction of x's variance that x_hat misses. dead: the fraction of features that
-never fire.
+x is an activation, x_hat the SAE's version of it. ce is the model's loss; ce_sae,
+ce_zero and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of x.
+loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a
+token. fvu: the fraction of x's variance that x_hat misses. dead: the fraction of
+features that never fire.
 
-Sections, in the order in which data flows: 1 Config, 2 Data, 3 Language model, 4 Activation
-buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at features, 9 Saving, loading,
-checks (skip it at first), 10 All of it. A class or function with a line "# Needs:" above it
-can be copied into other code, together with what that line names.
+Sections, in the order in which data flows: 1 Config, 2 Data, 3 Language model,
+4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at features,
+9 Saving, loading, checks (skip it at first), 10 All of it. A class or function with a
+line "# Needs:" above it can be copied, together with what that line names.
 """
 
 import glob
@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge  # newer HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge  # a model with named hooks
 
 # Two helpers for error messages
 
@@ -68,7 +68,7 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
-    hook: str = "blocks.0.mlp.hook_post"  # which activations: TransformerLens's name
+    hook: str = "blocks.0.mlp.hook_post"  # which activations, by TransformerLens's name
     dataset: str = ""  # stdlib, file, folder, 'glob*' or NAME[:SUBSET[:SPLIT]] on the Hub
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
@@ -123,7 +123,7 @@ def open_dataset(name):
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]  # a [ in a name is not a pattern
+    files = [glob.escape(file) for file in files]  # load_dataset expands again
     tables = [file for file in files if Path(file).suffix in TABLES]
     if tables:  # assumed to be of one kind; other files (a README) are ignored
         kind = TABLES[Path(tables[0]).suffix]
@@ -131,7 +131,7 @@ def open_dataset(name):
     if files:
         return load_dataset("text", data_files=files, split="train", streaming=True,
                             sample_by="document", encoding_errors="replace")
-    name, subset, split = (name + "::").split(":")[:3]  # "a:b" -> "a", "b", ""
+    name, subset, split = (name.split(":") + ["", ""])[:3]  # "a:b" -> "a", "b", ""
     return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
 def all_rows(dataset, tokenizer, seq_len):
@@ -165,14 +165,15 @@ def all_rows(dataset, tokenizer, seq_len):
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:
-        n = 0  # the last row's index, in the end (0 if there is none)
+        n_rows = 0
         with blame(f"--dataset {dataset}"):
-            for n, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                is_held_out = n % 32 == 0  # rows 0, 32, 64, ...
+            for row in all_rows(dataset, tokenizer, seq_len):
+                is_held_out = n_rows % 32 == 0  # rows 0, 32, 64, ...
+                n_rows += 1
                 if held_out == is_held_out:
                     yield row
             # Row 0 is held out, so there has to be a row 1 to train on.
-            require(n > 0, "too short to make rows of, or empty")
+            require(n_rows > 1, "too short to make rows of, or empty")
         if held_out:
             return
 
@@ -198,7 +199,7 @@ class Reached(Exception):
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
     # An exception ends the forward pass at the hook, for the rest of it is not needed.
-    def stop(act, hook):  # TransformerLens passes hook by name
+    def stop(act, hook):  # called as stop(act, hook=...)
         raise Reached(act)
 
     try:
@@ -229,13 +230,13 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        # Half the memory on CUDA. Nothing is lost: the model computes in bfloat16 there.
+        # Half the memory on CUDA, without loss: the model computes in bfloat16 there.
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves: shuffling it would take its memory twice. Instead
-        # refill() draws `order`, a random order of its slots, and next() serves them in it.
-        # The slots order[:served] have been served, and may be overwritten. At the start
-        # all count as served, so the first next() fills everything.
+        # Nothing in `store` ever moves: shuffling it would take its memory twice.
+        # Instead refill() draws `order`, its slots in a random order, and next() serves
+        # order[0], order[1], ... Those in order[:served] have been served, and may be
+        # overwritten. At the start all count as served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -244,7 +245,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows at a time. If the last row is longer than the slots left, it is cut off.
+        # 64 rows at a time. If the last one is longer than the slots left, it is cut.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -274,9 +275,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
     in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k, move_threshold raises the threshold before each training step until only k
-    features per token pass it on average. (BatchTopK, Bussmann et al. 2024, is nearly
-    the same: it keeps the k * batch largest pre-activations of a batch.)"""
+    With k there is no penalty. Before each training step, move_threshold moves the
+    threshold towards the value that k features per token exceed on average. (BatchTopK,
+    Bussmann et al. 2024, is nearly the same: the k * batch largest of a batch are kept.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -285,21 +286,22 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as the decoder, transposed. Each feature that fires then gives
-        # back about 1 / d_in of x; if half of 8 d_in fire, 4 x. Times 0.3 that is 1.2 x.
+        # The encoder begins as the decoder, transposed. On average over directions d,
+        # (x @ d) * d is x / d_in. If half of 8 d_in features fire, x_hat is about 4 x.
+        # That is too much, hence the 0.3.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One per feature, as in SAELens. Training here keeps them equal.
+        # One per feature, as in SAELens. Here they are equal, if not loaded.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # A step takes five large products: pre, x_hat, the gradients of f, W_dec, W_enc.
-        # Autograd would add a sixth, the gradient of x - b_dec, only to sum it over the
-        # batch for b_dec. So b_dec is detached there, and `zero`, whose value is 0, carries
-        # its gradient. (x @ W_enc - b_dec @ W_enc would do, too. But where x has a large
-        # mean, it is a small difference of large numbers: rounding would spoil it.)
+        # The value and gradients are those of this formula, for one large product less.
+        # Autograd would compute the gradient of x - b_dec, [batch, d_in], only to sum
+        # it over the batch for b_dec. So b_dec is a constant in x - b_dec here, and
+        # gets its gradient by way of `zero`, whose value is 0. (Multiplying the formula
+        # out would do, too, but round badly where x has a large mean.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -329,9 +331,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold a tenth of the way, since one batch is noisy, to the value
-        that k features per token of x [n, d_in] exceed. No gradient trains it.
-        (k is self.k, or larger early in training: see schedule.)"""
+        """Moves the threshold towards the value that k features per token of x [n, d_in]
+        exceed on average; a tenth of the way, since one batch is noisy. No gradient trains
+        it. (k is self.k, or larger early in training: see schedule.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest
         self.threshold.lerp_(target.clamp(min=0), 0.1)
@@ -370,11 +372,10 @@ def resample(sae, adam, dead, x):
     drawn = torch.multinomial(weight, len(revived), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
-    # A feature writes what was missing, and reads what it writes. Its encoder has 0.2
-    # of the others' mean length, as in the paper. With k it has all of it, so that it can
-    # pass the threshold.
+    # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
+    # others' mean length, as in the paper; with k all of it, to pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if not dead.all():  # if they are, there are no others
+    if not dead.all():  # if all are, there are no others
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
@@ -401,8 +402,8 @@ def schedule(step, steps):
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
-    # 3) L1 keeps every f below its best value. Over the last fifth L1 falls to half, and
-    #    f recovers a part of that.
+    # 3) L1 makes f smaller than x_hat needs it. Over the last fifth, in which decay goes
+    #    from 1 to 0, L1 falls to half, and f recovers a part of that.
     l1_factor = growth * (1 + decay) / 2
 
     return lr_factor, l1_factor, k_factor
@@ -416,15 +417,13 @@ def train(cfg, sae, buffer):
     usable = 1e-5 * x.norm(dim=-1).median() < x_norm < math.inf
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
-    # as large, the biases have to be, too, while W_enc and W_dec can stay as they are. So
-    # the biases' rate is scaled by a typical entry of x - mean.
-    groups = [{"params": [sae.W_enc], "lr_scale": 1.0},
+    # A step of Adam is about as large as its rate, whatever the gradient. If x is ten
+    # times as large, the biases have to be, too, while W_enc and W_dec can stay as they
+    # are. So the biases' rate is scaled by a typical entry of x - mean. With k, W_enc has
+    # half the rate: far fewer features die. (Found by experiment.)
+    groups = [{"params": [sae.W_enc], "lr_scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "lr_scale": x_norm / sae.d_in ** 0.5}]
-    if sae.k:
-        # With half the rate for W_enc, far fewer features die. (Found by experiment.)
-        groups[0]["lr_scale"] = 0.5
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
@@ -436,9 +435,9 @@ def train(cfg, sae, buffer):
     else:
         sae.b_dec.data = x.mean(0)
 
-    # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192 features.
-    # There is no theory behind them, but for x_norm: the squared error grows with the
-    # square of x, and f only with x.
+    # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192
+    # features. Only x_norm has a reason: the squared error grows with the square of x,
+    # f with x. So l1 has to grow with x.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
@@ -485,6 +484,7 @@ def train(cfg, sae, buffer):
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+                # (dead: silent for long. In evaluate: on all held-out tokens.)
                 entry = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
                              fvu=fvu.item(), dead=dead.float().mean().item())
                 log.write(json.dumps({"step": done, **entry}) + "\n")
@@ -505,7 +505,7 @@ def train(cfg, sae, buffer):
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae],
-    as a share of the tokens. BOS is left out of l0, fvu and dead, and not replaced."""
+    as a share of the tokens. BOS is left out of l0, fvu and dead, and never replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)
@@ -554,7 +554,7 @@ def visible(tokenizer, tokens):
     for token in tokens:
         begun.append(int(token))
         text = tokenizer.decode(begun)
-        # \ufffd stands for a part of a character. (None has more than four parts.)
+        # \ufffd: the character is not complete. (UTF-8 has at most four bytes for one.)
         if text.endswith("\ufffd") and len(begun) < 4:
             strings.append("…")
         else:
@@ -564,15 +564,15 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [d_vocab] if the residual stream were `direction` [d_in] alone (logit
-    lens). The final norm takes its length away, so only the order of the logits counts.
+    """The logits [d_vocab] if the residual stream were only what `direction` [d_in] writes
+    into it (logit lens). The final norm takes the length away, so only their order counts.
     None for hooks that are neither in the residual stream nor mlp.hook_post."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # The difference to -direction: in it the biases of ln_final and unembed cancel.
+    # Minus those of -direction, which differ in sign, but for the biases: these cancel.
     both = torch.stack([direction, -direction]).to(model.cfg.dtype)
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -604,7 +604,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("How many features fire on what share of tokens (up to the next bar's)")
+    page.print("Features by the share of tokens on which they fire (a bar's lower end)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
@@ -622,7 +622,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # if it never fires, f is -0.0
+        most = abs(f_i.max())  # abs, because -0.0 would print as -0.00
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -645,11 +645,12 @@ def report(cfg, model, sae, rows, metrics, frequency):
 
 # ---- 9. Saving, loading, checks: skip it on a first reading --------------------------
 
-def write(path, save, thing):
+def write(path, save):
     """Atomic: after a crash, or on a full disk, the old file is still there."""
+    part = Path(f"{path}.part")
     with blame(path):
-        save(thing, f"{path}.part")
-        os.replace(f"{path}.part", path)
+        save(part)
+        os.replace(part, path)
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
@@ -662,11 +663,11 @@ def save_sae(sae, folder, **metadata):
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write(Path(folder, "sae_weights.safetensors"), save_file, weights)
-    Path(folder, "cfg.json").write_text(json.dumps(cfg))
+    write(f"{folder}/sae_weights.safetensors", lambda part: save_file(weights, part))
+    write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
-# What load_sae accepts in SAELens's cfg.json. Other values scale or reshape x or f in ways
-# that are not computed here.
+# What load_sae accepts in SAELens's cfg.json. Other values scale or reshape x or f in
+# ways that are not computed here.
 SUPPORTED = dict(
     architecture=("standard", "jumprelu"),  # SAELens saves a trained batchtopk as jumprelu
     normalize_activations=("none",), reshape_activations=("none",),
@@ -694,7 +695,7 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # SAELens applies a ReLU, too: below 0 means 0
+        sae.threshold.clamp_(min=0)  # SAELens has a ReLU, too: below 0 acts as 0
         return sae
 
 # Attached here, so that section 5 holds the mathematics alone.
@@ -702,8 +703,8 @@ SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
 def move_lengths(sae):
-    """Rows of a loaded W_dec may have any length. Each row is divided by it and its
-    feature multiplied, so x_hat stays the same. (normalize alone would change it.)"""
+    """Rows of a loaded W_dec may have any length. Divides each row by its length and
+    multiplies its f by it, so x_hat stays the same. (normalize alone would change it.)"""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights.data *= length
@@ -714,14 +715,14 @@ def save_checkpoint(cfg, sae, adam, done):
     require(finite, f"step {done}: weights are not finite; lower --lr, or --l1")
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
     state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done)
-    write(Path(cfg.out, "resume.pt"), torch.save, state)
+    write(f"{cfg.out}/resume.pt", lambda part: torch.save(state, part))
 
 def load_checkpoint(cfg, sae, adam, buffer):
     with blame(f"--resume: {cfg.out}"):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    used = state["done"] * cfg.batch_size // buffer.per_row  # rows, roughly
+    used = state["done"] * cfg.batch_size // buffer.per_row  # in rows, but for resample's
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
     return state["done"]
@@ -750,7 +751,7 @@ def run(cfg):
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {cfg.device}"):  # a tensor shows whether it exists
+    with blame(f"--device {cfg.device}"):  # fails here if there is no such device
         device = str(torch.zeros(1, device=cfg.device or best).device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
@@ -784,7 +785,7 @@ def run(cfg):
 
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # if it cannot print █, ?
+        sys.stdout.reconfigure(errors="replace")  # where there is no █, print ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
     except (OSError, ValueError) as error:  # in flags, files, network
