@@ -375,7 +375,7 @@ def resample(sae, adam, dead, x):
     # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
     # others' mean length, as in the paper; with k all of it, to pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if not dead.all():  # if all are, there are no others
+    if not dead.all():  # with all dead, there are no others
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
@@ -454,10 +454,11 @@ def train(cfg, sae, buffer):
     try:
         for step in bar:
 
+            # The batch, and the learning rates, L1 weight and k of this step.
+            x = buffer.next()  # [batch, d_in]
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
             for group in adam.param_groups:
                 group["lr"] = lr * lr_factor * group["lr_scale"]
-            x = buffer.next()  # [batch, d_in]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
                 sae.move_threshold(x[:128], k)  # 128 tokens are enough for an estimate
@@ -484,7 +485,7 @@ def train(cfg, sae, buffer):
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-                # (dead: silent for long. In evaluate: on all held-out tokens.)
+                # (dead: silent for `patience` steps. In evaluate: on the held-out rows.)
                 entry = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
                              fvu=fvu.item(), dead=dead.float().mean().item())
                 log.write(json.dumps({"step": done, **entry}) + "\n")
@@ -722,7 +723,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    used = state["done"] * cfg.batch_size // buffer.per_row  # in rows, but for resample's
+    used = state["done"] * cfg.batch_size // buffer.per_row  # rows, without resample's
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
     return state["done"]

@@ -302,7 +302,7 @@ def test_text_that_writes_a_special_token_or_is_not_utf8_is_text(tokenizer, tmp_
     inside = {token for row in rows for token in row[1:]}
     assert rows and not inside & {tokenizer.bos_token_id, tokenizer.eos_token_id}
 
-@pytest.mark.parametrize("text", ["", "the cat", None])
+@pytest.mark.parametrize("text", ["", "the cat", None, "the cat " * 40])     # the last: one row
 def test_too_little_data_is_an_error_not_an_endless_loop(text, tokenizer, tmp_path, monkeypatch):
     def all_rows(*args, real=S.all_rows, times=iter(range(50))):
         next(times)
@@ -579,23 +579,24 @@ def test_a_run_that_ends_before_its_first_step_leaves_the_sae_that_was_there(err
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before and "resume.pt" not in after
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_old_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place, name", [(S, "save_file"), (Path, "write_text"), (torch, "save")])
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_files(place, name, tmp_path, monkeypatch):
     saves = []
 
-    def crash(weights, path, real=S.save_file):
+    def crash(*args, real=getattr(place, name)):
+        path = [arg for arg in args if isinstance(arg, Path)][0]
         saves.append(path)
         if len(saves) > 1:
-            Path(path).write_bytes(b"half")
+            path.write_bytes(b"half")
             raise SystemExit  # in place of kill -9: train() does not catch it
-        real(weights, path)
+        return real(*args)
 
-    monkeypatch.setattr(S, "save_file", crash)
+    monkeypatch.setattr(place, name, crash)
     cfg = S.Config(steps=100, save_every=30, l1=0.1, out=str(tmp_path))
     with pytest.raises(SystemExit):
         S.train(cfg, make_sae(), Points(torch.randn(64, 16)))
-    state, loaded = checkpoint(tmp_path), S.SparseAutoencoder.load(tmp_path)
-    assert state["done"] == 30
-    torch.testing.assert_close(loaded.state_dict(), state["sae"], rtol=0, atol=0)
+    assert checkpoint(tmp_path)["done"] == 30
+    assert S.SparseAutoencoder.load(tmp_path).W_enc.isfinite().all(), "it can be loaded"
 
 @pytest.mark.parametrize("place, name", [(S, "save_file"), (torch, "save")])
 def test_a_full_disk_gets_one_line(place, name, refused, monkeypatch):
