@@ -3,7 +3,7 @@
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
 Neel Nanda's 1L-Sparse-Autoencoder ("the first replication" below).
 `python sae.py --steps 1000` trains one on the MLP of tiny-1l, a small transformer in
-this repository. It takes under three minutes on two CPU cores, and ends with:
+this repository. It takes under three minutes on two CPU cores, and measures at the end:
 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
@@ -11,8 +11,8 @@ this repository. It takes under three minutes on two CPU cores, and ends with:
 x is an activation, x_hat the SAE's version of it. ce is the model's loss; ce_sae,
 ce_zero and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of x.
 loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a
-token. fvu: the fraction of x's variance that x_hat misses. dead: the fraction of
-features that never fire.
+token, on average. fvu: the fraction of x's variance that x_hat misses. dead: the
+fraction of features that never fire. decoder norms: lengths of W_dec's rows, kept at 1.
 
 Sections, in the order in which data flows: 1 Config, 2 Data, 3 Language model,
 4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at features,
@@ -62,7 +62,7 @@ def blame(what):
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
 
-# SAEs of gelu-1l, for --load: files of NeelNanda/sparse_autoencoder on the Hub
+# For --load: SAEs of gelu-1l, published with the first replication
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 
 @dataclass
@@ -123,7 +123,7 @@ def open_dataset(name):
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]  # load_dataset expands again
+    files = [glob.escape(file) for file in files]  # load_dataset globs, too
     tables = [file for file in files if Path(file).suffix in TABLES]
     if tables:  # assumed to be of one kind; other files (a README) are ignored
         kind = TABLES[Path(tables[0]).suffix]
@@ -167,12 +167,11 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     while True:
         n_rows = 0
         with blame(f"--dataset {dataset}"):
-            for row in all_rows(dataset, tokenizer, seq_len):
-                is_held_out = n_rows % 32 == 0  # rows 0, 32, 64, ...
-                n_rows += 1
+            for n_rows, row in enumerate(all_rows(dataset, tokenizer, seq_len), start=1):
+                is_held_out = n_rows % 32 == 1  # the 1st, 33rd, 65th, ... row
                 if held_out == is_held_out:
                     yield row
-            # Row 0 is held out, so there has to be a row 1 to train on.
+            # The 1st row is held out, so there has to be a 2nd to train on.
             require(n_rows > 1, "too short to make rows of, or empty")
         if held_out:
             return
@@ -199,7 +198,7 @@ class Reached(Exception):
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
     # An exception ends the forward pass at the hook, for the rest of it is not needed.
-    def stop(act, hook):  # called as stop(act, hook=...)
+    def stop(act, hook):  # it is passed as hook=...
         raise Reached(act)
 
     try:
@@ -215,7 +214,7 @@ def get_activations(model, hook, tokens):
 
 # Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] in random order, none of them twice.
+    """Serves activations [batch_size, d_in] of `rows` in random order, each at most once.
 
     The activations of one text are alike, and a batch should be varied: it is drawn from
     all over the buffer. When half of the buffer has been served, that half is refilled.
@@ -230,7 +229,7 @@ class ActivationBuffer:
         probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        # Half the memory on CUDA, without loss: the model computes in bfloat16 there.
+        # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice.
@@ -245,7 +244,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows at a time. If the last one is longer than the slots left, it is cut.
+        # 64 rows at a time. The very last row is cut to the slots that are left.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -286,22 +285,22 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as the decoder, transposed. On average over directions d,
-        # (x @ d) * d is x / d_in. If half of 8 d_in features fire, x_hat is about 4 x.
-        # That is too much, hence the 0.3.
+        # The encoder begins as 0.3 of the decoder, transposed. With a factor of 1, x_hat
+        # would be about 4 x: half of 8 d_in features fire, and each of them adds
+        # (x @ d) * d, where d is its direction. On average over d that is x / d_in.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One per feature, as in SAELens. Here they are equal, if not loaded.
+        # One per feature, as in SAELens. Here all are equal, unless loaded.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The value and gradients are those of this formula, for one large product less.
-        # Autograd would compute the gradient of x - b_dec, [batch, d_in], only to sum
-        # it over the batch for b_dec. So b_dec is a constant in x - b_dec here, and
-        # gets its gradient by way of `zero`, whose value is 0. (Multiplying the formula
-        # out would do, too, but round badly where x has a large mean.)
+        # The same value and gradients as this formula, with one large product fewer. For
+        # b_dec's gradient, autograd would compute that of x - b_dec, [batch, d_in], and
+        # then sum it. So b_dec is detached here, and its gradient flows through `zero`,
+        # [d_sae], whose value is 0. (x @ W_enc - b_dec @ W_enc would do, too, but rounds
+        # badly where x has a large mean.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -403,27 +402,27 @@ def schedule(step, steps):
     k_factor = 8 ** (1 - growth)
 
     # 3) L1 makes f smaller than x_hat needs it. Over the last fifth, in which decay goes
-    #    from 1 to 0, L1 falls to half, and f recovers a part of that.
+    #    from 1 to 0, L1 falls to half, so that f is shrunk less in the end.
     l1_factor = growth * (1 + decay) / 2
 
     return lr_factor, l1_factor, k_factor
 
 def train(cfg, sae, buffer):
     """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
-    # x_norm: how far x typically is from its mean. (Median, because a few x are huge.)
+    # spread: how far x typically is from its mean. (Median, because a few x are huge.)
     x = buffer.next()  # [batch, d_in]
-    x_norm = (x - x.mean(0)).norm(dim=-1).median().item()
-    # A hook may be constant (then x_norm is a rounding error), or overflow (nan, inf).
-    usable = 1e-5 * x.norm(dim=-1).median() < x_norm < math.inf
+    spread = (x - x.mean(0)).norm(dim=-1).median().item()
+    # A hook may be constant (then it is a rounding error), or overflow (nan, inf).
+    usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
     # A step of Adam is about as large as its rate, whatever the gradient. If x is ten
     # times as large, the biases have to be, too, while W_enc and W_dec can stay as they
-    # are. So the biases' rate is scaled by a typical entry of x - mean. With k, W_enc has
-    # half the rate: far fewer features die. (Found by experiment.)
+    # are. So the biases' rate is scaled by a typical entry of x - mean: spread / sqrt(d_in).
+    # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
     groups = [{"params": [sae.W_enc], "lr_scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
-              {"params": [sae.b_enc, sae.b_dec], "lr_scale": x_norm / sae.d_in ** 0.5}]
+              {"params": [sae.b_enc, sae.b_dec], "lr_scale": spread / sae.d_in ** 0.5}]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
@@ -436,13 +435,13 @@ def train(cfg, sae, buffer):
         sae.b_dec.data = x.mean(0)
 
     # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192
-    # features. Only x_norm has a reason: the squared error grows with the square of x,
-    # f with x. So l1 has to grow with x.
+    # features. There is no theory behind them, except that l1 has to grow with x, because
+    # the squared error grows with the square of x, and f with x.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
     if l1 is None:
-        l1 = 0.0 if sae.k else 0.07 * x_norm * longer ** (1 / 6)
+        l1 = 0.0 if sae.k else 0.07 * spread * longer ** (1 / 6)
 
     # A feature that has been silent for a twentieth of the run counts as dead.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
@@ -573,7 +572,7 @@ def logit_effect(model, hook, direction):
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # Minus those of -direction, which differ in sign, but for the biases: these cancel.
+    # The logits of direction minus those of -direction: the biases in them cancel.
     both = torch.stack([direction, -direction]).to(model.cfg.dtype)
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -605,7 +604,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
-    page.print("Features by the share of tokens on which they fire (a bar's lower end)")
+    page.print("How many features fire on what share of tokens (left: a bar's lower end)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
@@ -617,8 +616,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
     if not chosen:
         order = frequency.argsort()
         order = order[frequency[order] >= 2e-4]
-        spread = torch.linspace(0, len(order) - 1, min(20, len(order))).long()
-        chosen = order[spread].tolist()
+        evenly = torch.linspace(0, len(order) - 1, min(20, len(order))).long()
+        chosen = order[evenly].tolist()
     acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
@@ -696,19 +695,20 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # SAELens has a ReLU, too: below 0 acts as 0
+        sae.threshold.clamp_(min=0)  # SAELens applies a ReLU, too: below 0 is 0
         return sae
 
-# Attached here, so that section 5 holds the mathematics alone.
+# As methods. Here, so that section 5 holds the mathematics alone.
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
+@torch.no_grad()
 def move_lengths(sae):
     """Rows of a loaded W_dec may have any length. Divides each row by its length and
     multiplies its f by it, so x_hat stays the same. (normalize alone would change it.)"""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
-        weights.data *= length
+        weights *= length
     sae.normalize()
 
 def save_checkpoint(cfg, sae, adam, done):
@@ -723,7 +723,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    used = state["done"] * cfg.batch_size // buffer.per_row  # rows, without resample's
+    used = state["done"] * cfg.batch_size // buffer.per_row  # rows, without those for resample
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
     return state["done"]
