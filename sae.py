@@ -74,12 +74,12 @@ class Config:
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
-    l1: float | None = None  # weight of the L1 term; the default is set in train()
+    l1: float | None = None  # weight of the L1 term; by default from activations and steps
     k: int | None = None  # keep k features per token on average (BatchTopK), without L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
     batch_size: int = 1024  # activations a step (first replication: 4096)
-    lr: float | None = None  # peak learning rate; the default is set in train()
+    lr: float | None = None  # peak learning rate; by default from d_sae and steps
     buffer: int = 64  # batches in the activation buffer (first replication: 384)
     seed: int = 0  # of the initial weights and of the order of activations
     device: str | None = None  # cpu, cuda, cuda:1, mps; by default the fastest there is
