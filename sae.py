@@ -141,8 +141,10 @@ def all_rows(dataset, tokenizer, seq_len):
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
     first replication: 1,024 of them into 8 rows of 128, whose first token becomes BOS."""
     eos = tokenizer.eos_token_id
-    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     require(eos is not None, "the tokenizer has no EOS")
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        bos = eos
     packed = []
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         found = {"text", "tokens", "input_ids"}.intersection(example)
@@ -559,7 +561,8 @@ def visible(tokenizer, tokens):
             strings.append("…")
         else:
             text = text.replace(" ", "·").replace("\n", "↵")
-            strings.append(repr(text)[1:-1])  # a tab is \t
+            # What does not print is escaped: a tab is \t.
+            strings.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
             begun = []
     return strings
 

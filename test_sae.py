@@ -727,11 +727,12 @@ def test_where_there_is_nothing_to_recover_no_number_is_made_up(home, rows, tmp_
 # ---- The report ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("token, right", [("<b>&amp;", "<b>&amp;"), ("[/red]", "[/red]"),
-    (" a", "·a"), ("\n", "↵"), ("\t", r"\t"), ("\\n", r"\\n"), ("\x00", r"\x00"), ("語", "……語"),
+    (" a", "·a"), ("\n", "↵"), ("\t", r"\t"), ("\\n", r"\n"), ("'\"", "'\""), ("\x00", r"\x00"),
+    ("語", "……語"),
     ("🙂", "………🙂"), ("é語🙂 é", "…é……語………🙂·…é")])
 def test_tokens_are_shown_as_they_are(token, right):
     tokenizer = make_tokenizer([])
-    tokenizer.add_tokens(["<b>&amp;", "[/red]"])
+    tokenizer.add_tokens(["<b>&amp;", "[/red]", "'\""])
     ids = tokenizer(token)["input_ids"]
     shown = S.visible(tokenizer, torch.tensor(ids))
     assert "".join(shown) == right and len(shown) == len(ids)
