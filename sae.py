@@ -69,7 +69,7 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
     hook: str = "blocks.0.mlp.hook_post"  # which activations, by TransformerLens's name
-    dataset: str = ""  # stdlib, file, folder, 'glob*' or NAME[:SUBSET[:SPLIT]] on the Hub
+    dataset: str = ""  # stdlib, file, folder, 'glob*', NAME[:SUBSET[:SPLIT]]; by default the model's
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
