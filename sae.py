@@ -75,7 +75,7 @@ class Config:
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
     l1: float | None = None  # weight of the L1 term; by default from activations and steps
-    k: int | None = None  # keep k features per token on average (BatchTopK), without L1
+    k: int | None = None  # keep k features per token on average (as BatchTopK does), without L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
     batch_size: int = 1024  # activations a step (first replication: 4096)
@@ -167,7 +167,7 @@ def all_rows(dataset, tokenizer, seq_len):
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:
-        n_rows = 0
+        n_rows = 0  # stays 0 if there are none
         with blame(f"--dataset {dataset}"):
             for n_rows, row in enumerate(all_rows(dataset, tokenizer, seq_len), start=1):
                 is_held_out = n_rows % 32 == 1  # the 1st, 33rd, 65th, ... row
@@ -200,7 +200,7 @@ class Reached(Exception):
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
     # An exception ends the forward pass at the hook, for the rest of it is not needed.
-    def stop(act, hook):  # it is passed as hook=...
+    def stop(act, hook):  # TransformerLens calls stop(act, hook=...)
         raise Reached(act)
 
     try:
@@ -253,8 +253,8 @@ class ActivationBuffer:
             act = self.get_activations(tokens)  # [rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
             self.store[slots] = act[:len(slots)].to(self.store.dtype)
-        order = torch.randperm(len(self.store))  # on the CPU: the same on each device
-        self.order = order.to(self.order.device)
+        # Drawn on the CPU, for the same order on every device
+        self.order = torch.randperm(len(self.store)).to(self.store.device)
         self.served = 0
 
     def next(self):
@@ -287,9 +287,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 of the decoder, transposed. With a factor of 1, x_hat
-        # would be about 4 x: half of 8 d_in features fire, and each of them adds
-        # (x @ d) * d, where d is its direction. On average over d that is x / d_in.
+        # The encoder begins as 0.3 of the decoder, transposed, so that x_hat begins near x:
+        # half of 8 d_in features fire, and each of them adds 0.3 (x @ d) * d, where d is
+        # its direction. On average over d that is 0.3 x / d_in, so the sum is 1.2 x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -299,10 +299,10 @@ class SparseAutoencoder(torch.nn.Module):
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
         # The same value and gradients as this formula, with one large product fewer. For
-        # b_dec's gradient, autograd would compute that of x - b_dec, [batch, d_in], and
-        # then sum it. So b_dec is detached here, and its gradient flows through `zero`,
-        # [d_sae], whose value is 0. (x @ W_enc - b_dec @ W_enc would do, too, but rounds
-        # badly where x has a large mean.)
+        # b_dec, autograd would compute the gradient of x - b_dec, which is that of pre
+        # times W_enc.T, [batch, d_in], and then sum it over the batch. Here `zero`, whose
+        # value is 0, carries that sum to b_dec. (x @ W_enc - b_dec @ W_enc would do, too,
+        # but rounds badly where x has a large mean.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -353,7 +353,7 @@ class SparseAutoencoder(torch.nn.Module):
     def normalize(self):
         """After step(): even a step at a right angle would lengthen a row (Pythagoras).
         So all go back to length 1. (The first replication did it before step().)"""
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # not by 0
 
 # ---- 6. Training ---------------------------------------------------------------------
 
@@ -376,7 +376,7 @@ def resample(sae, adam, dead, x):
     # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
     # others' mean length, as in the paper; with k all of it, to pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if not dead.all():  # with all dead, there are no others
+    if not dead.all():  # with all dead, it stays a length of 0.2 or 1
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
@@ -414,7 +414,7 @@ def train(cfg, sae, buffer):
     # spread: how far x typically is from its mean. (Median, because a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
-    # A hook may be constant (then it is a rounding error), or overflow (nan, inf).
+    # A hook may be constant (then spread is a rounding error), or overflow (nan, inf).
     usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
@@ -425,7 +425,7 @@ def train(cfg, sae, buffer):
     groups = [{"params": [sae.W_enc], "lr_scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "lr_scale": spread / sae.d_in ** 0.5}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)  # lr: at each step
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
@@ -519,7 +519,7 @@ def evaluate(model, hook, sae, rows):
 
     def cross_entropy(replace):
         """Nats per token, with replace(x) in place of x [rows, pos, d_in]"""
-        def splice(act, hook):
+        def splice(act, hook):  # called as splice(act, hook=...)
             bos, old = act[:, :1], act[:, 1:]
             new = replace(old.flatten(2).float())  # heads, if any, are concatenated
             return torch.cat([bos, new.view_as(old).to(act.dtype)], dim=1)
@@ -567,9 +567,9 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [d_vocab] if the residual stream were only what `direction` [d_in] writes
-    into it (logit lens). The final norm takes the length away, so only their order counts.
-    None for hooks that are neither in the residual stream nor mlp.hook_post."""
+    """The logits [d_vocab], without biases and up to a factor, if the residual stream were
+    only what `direction` [d_in] writes into it (logit lens). The final norm takes its length
+    away, so only their order counts. None for hooks where this has no meaning."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]

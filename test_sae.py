@@ -421,6 +421,12 @@ def test_only_the_right_order_keeps_unit_norms(order, right):
                 assert not right or along(sae) < 1e-5, "perpendicular to each row"
     assert (off(sae) < 1e-6) == right
 
+def test_a_row_of_zeros_which_a_loaded_sae_may_have_is_no_division_by_zero():
+    sae = make_sae()
+    sae.W_dec.data[3] = 0.0
+    sae.normalize()
+    assert not sae.W_dec[3].any() and sae.W_dec.isfinite().all()
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_training_goes_on_from_rows_of_any_length_without_a_jump(threshold, tmp_path):
     sae, x = make_sae(threshold=threshold), torch.randn(256, 16)
