@@ -69,13 +69,13 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
     hook: str = "blocks.0.mlp.hook_post"  # which activations, by TransformerLens's name
-    dataset: str = ""  # stdlib, file, folder, 'glob*', NAME[:SUBSET[:SPLIT]]; by default the model's
+    dataset: str = ""  # stdlib, file, folder, 'glob*', Hub NAME[:SUBSET[:SPLIT]]; '' suits the model
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
     l1: float | None = None  # weight of the L1 term; by default from activations and steps
-    k: int | None = None  # keep k features per token on average (as BatchTopK does), without L1
+    k: int | None = None  # features per token, on average (as in BatchTopK), in place of L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
     batch_size: int = 1024  # activations a step (first replication: 4096)
@@ -122,8 +122,10 @@ def open_dataset(name):
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
+    elif os.path.isfile(name):
+        name = glob.escape(name)  # a [ in its name does not begin a pattern
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]  # load_dataset globs, too
+    files = [glob.escape(file) for file in files]  # nor for load_dataset
     tables = [file for file in files if Path(file).suffix in TABLES]
     if tables:  # assumed to be of one kind; other files (a README) are ignored
         kind = TABLES[Path(tables[0]).suffix]
@@ -369,14 +371,14 @@ def resample(sae, adam, dead, x):
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # not 0, so that any can be drawn
-    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], not more than examples
+    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
     drawn = torch.multinomial(weight, len(revived), replacement=False)
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
     # others' mean length, as in the paper; with k all of it, to pass the threshold.
     length = 1.0 if sae.k else 0.2
-    if not dead.all():  # with all dead, it stays a length of 0.2 or 1
+    if not dead.all():  # else there are no others, and it stays as it is
         length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
@@ -569,7 +571,7 @@ def visible(tokenizer, tokens):
 def logit_effect(model, hook, direction):
     """The logits [d_vocab], without biases and up to a factor, if the residual stream were
     only what `direction` [d_in] writes into it (logit lens). The final norm takes its length
-    away, so only their order counts. None for hooks where this has no meaning."""
+    away, so only their order counts. None for hooks where it is not worked out here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
@@ -701,7 +703,7 @@ def load_sae(cls, source):
         sae.threshold.clamp_(min=0)  # SAELens applies a ReLU, too: below 0 is 0
         return sae
 
-# As methods. Here, so that section 5 holds the mathematics alone.
+# As methods, but written here, so that section 5 holds the mathematics alone.
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
