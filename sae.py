@@ -14,10 +14,10 @@ loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire
 token, on average. fvu: the fraction of x's variance that x_hat misses. dead: the
 fraction of features that never fire. decoder norms: lengths of W_dec's rows, kept at 1.
 
-Sections, in the order in which data flows: 1 Config, 2 Data, 3 Language model,
-4 Activation buffer, 5 Autoencoder, 6 Training, 7 Evaluation, 8 Looking at features,
-9 Saving, loading, checks (skip it at first), 10 All of it. A class or function with a
-line "# Needs:" above it can be copied, together with what that line names.
+The SAE itself is in sections 4 Activation buffer, 5 Autoencoder, 6 Training. The others
+feed, measure and keep it: 1 Config, 2 Data, 3 Language model before them, 7 Evaluation,
+8 Looking at features, 9 Saving, loading, checks (skip it at first), 10 All of it after.
+A class or function with a line "# Needs:" above it can be copied, with what it names.
 """
 
 import glob
@@ -169,14 +169,14 @@ def all_rows(dataset, tokenizer, seq_len):
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:
-        n_rows = 0  # stays 0 if there are none
+        i = 0  # in case there is no row at all
         with blame(f"--dataset {dataset}"):
-            for n_rows, row in enumerate(all_rows(dataset, tokenizer, seq_len), start=1):
-                is_held_out = n_rows % 32 == 1  # the 1st, 33rd, 65th, ... row
+            for i, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
+                is_held_out = i % 32 == 0
                 if held_out == is_held_out:
                     yield row
-            # The 1st row is held out, so there has to be a 2nd to train on.
-            require(n_rows > 1, "too short to make rows of, or empty")
+            # Row 0 is held out, so there has to be a row 1 to train on.
+            require(i > 0, "too short to make rows of, or empty")
         if held_out:
             return
 
@@ -195,13 +195,12 @@ def load_model(name, device="cpu"):
     return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
 
 class Reached(Exception):
-    """Ends the forward pass and carries the activations out."""
+    """Ends the forward pass at the hook, for the rest is not needed; carries x out."""
 
 # Needs: torch, Reached.
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    # An exception ends the forward pass at the hook, for the rest of it is not needed.
     def stop(act, hook):  # TransformerLens calls stop(act, hook=...)
         raise Reached(act)
 
@@ -448,7 +447,7 @@ def train(cfg, sae, buffer):
         l1 = 0.0 if sae.k else 0.07 * spread * longer ** (1 / 6)
 
     # A feature that has been silent for a twentieth of the run counts as dead.
-    silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
+    last_fired = torch.full_like(sae.b_enc, done)  # [d_sae], at which step a feature did
     patience = max(10, cfg.steps // 20)
 
     mode = "a" if cfg.resume else "w"
@@ -479,9 +478,8 @@ def train(cfg, sae, buffer):
             # ---- The step is done. Below: revive dead features, log, save. ----
 
             done = step + 1
-            fired = f.amax(dim=0) > 0  # [d_sae], for some x of this batch
-            silent = torch.where(fired, 0, silent + 1)
-            dead = silent >= patience  # [d_sae]
+            last_fired[f.amax(dim=0) > 0] = done  # it fired on some x of this batch
+            dead = done - last_fired >= patience  # [d_sae]
             # Not near the end: a revived feature needs time to learn.
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
@@ -638,7 +636,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
                 page.print(f"{word:>7}  {'  '.join(tokens)}")
 
         # Its five strongest rows.
-        for row in f_i.max(dim=1).values.topk(min(5, len(rows))).indices:
+        for row in f_i.amax(dim=1).argsort(descending=True)[:5]:
             if f_i[row].max() > 0:
                 line = example(visible(model.tokenizer, rows[row]), f_i[row])
                 page.print(line, no_wrap=True, overflow="ellipsis")
@@ -689,10 +687,9 @@ def load_sae(cls, source):
             cfg = json.loads(Path(source, "cfg.json").read_text())
             weights = load_file(Path(source, "sae_weights.safetensors"))
         else:
-            file = source
             if source in PUBLISHED:
-                file = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+                source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
+            weights = torch.load(source, map_location="cpu", weights_only=True)
         for name, values in SUPPORTED.items():
             found = cfg.get(name)
             require(found in (None, *values), f"{name} {found} is not read here, only "
@@ -746,8 +743,8 @@ def check_sae(cfg, sae, d_in):
         require(wanted in (None, found), f"the SAE has {name} {found}, not {wanted}")
     require(sae.k is None or sae.k <= sae.d_sae, f"--k {sae.k} of {sae.d_sae} features")
     require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term")
-    known = all(0 <= i < sae.d_sae for i in cfg.features)
-    require(known, f"--features: there are 0 to {sae.d_sae - 1}")
+    for i in cfg.features:
+        require(0 <= i < sae.d_sae, f"--features {i}: there are 0 to {sae.d_sae - 1}")
 
 # ---- 10. All of it, in order ---------------------------------------------------------
 
