@@ -300,10 +300,10 @@ class SparseAutoencoder(torch.nn.Module):
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
         # The same value and gradients as this formula, with one large product fewer. For
-        # b_dec, autograd would compute the gradient of x - b_dec, which is that of pre
-        # times W_enc.T, [batch, d_in], and then sum it over the batch. Here `zero`, whose
-        # value is 0, carries that sum to b_dec. (x @ W_enc - b_dec @ W_enc would do, too,
-        # but rounds badly where x has a large mean.)
+        # b_dec, autograd would multiply the gradient of pre, [batch, d_sae], by W_enc.T,
+        # and then sum over the batch. Here it sums first: `zero`, whose value is 0, takes
+        # that one row to b_dec. (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly
+        # where x has a large mean.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -679,8 +679,7 @@ SUPPORTED = dict(
     activation_fn_str=("relu",))
 
 def load_sae(cls, source):
-    """SparseAutoencoder.load(source): from run1 or run2 (published), a folder
-    that this file or SAELens saved, or a .pt state dict"""
+    """source: run1, run2, a folder that this file or SAELens saved, or a .pt state dict"""
     with blame(f"--load {source}"):
         cfg = {}
         if os.path.isdir(source):
@@ -731,7 +730,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
     return state["done"]
 
 def check_model(cfg, model, rows):
-    near = get_close_matches(cfg.hook, list(model.hook_dict), n=3, cutoff=0)
+    near = get_close_matches(cfg.hook, model.hook_dict, n=3, cutoff=0)
     require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: none; near it are {near}")
     require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
     known = rows.max() < model.cfg.d_vocab
