@@ -9,15 +9,16 @@ this repository. It takes under three minutes on two CPU cores, and measures at 
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
 x is an activation, x_hat the SAE's version of it. ce is the model's loss; ce_sae,
-ce_zero and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of x.
-loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a
+ce_zero and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of
+x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a
 token, on average. fvu: the fraction of x's variance that x_hat misses. dead: the
-fraction of features that never fire. decoder norms: lengths of W_dec's rows, kept at 1.
+fraction of features that fire on none of the held-out tokens. decoder norms: the
+lengths of W_dec's rows, kept at 1.
 
-The SAE itself is in sections 4 Activation buffer, 5 Autoencoder, 6 Training. The others
-feed, measure and keep it: 1 Config, 2 Data, 3 Language model before them, 7 Evaluation,
-8 Looking at features, 9 Saving, loading, checks (skip it at first), 10 All of it after.
-A class or function with a line "# Needs:" above it can be copied, with what it names.
+Sections 4 Activation buffer, 5 Autoencoder and 6 Training are the SAE itself. 1 Config,
+2 Data, 3 Language model feed it. 7 Evaluation and 8 Looking at features measure and
+show it. 9 Saving, loading, checks can be skipped at first. 10 runs it all. A class or
+function with a line "# Needs:" above it can be copied, with what that line lists.
 """
 
 import glob
@@ -43,7 +44,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge  # a model with named hooks
+from transformer_lens.model_bridge import TransformerBridge  # names a model's activations
 
 # Two helpers for error messages
 
@@ -54,7 +55,7 @@ def require(condition, message):
 
 @contextmanager
 def blame(what):
-    """`with blame("--load x"):` an error inside becomes ValueError("--load x: error")"""
+    """Puts `what`, say a flag, in front of the message of any error raised inside."""
     try:
         yield
     except Exception as error:
@@ -62,20 +63,20 @@ def blame(what):
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
 
-# For --load: SAEs of gelu-1l, published with the first replication
+# For --load: the files of two SAEs of gelu-1l, published with the first replication
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
-    hook: str = "blocks.0.mlp.hook_post"  # which activations, by TransformerLens's name
-    dataset: str = ""  # stdlib, file, folder, 'glob*', Hub NAME[:SUBSET[:SPLIT]]; '' suits the model
+    hook: str = "blocks.0.mlp.hook_post"  # TransformerLens's name of the activations; this: MLP neurons
+    dataset: str = ""  # stdlib, file, folder, 'glob*', Hub NAME[:SUBSET[:SPLIT]]; by default from --model
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
     l1: float | None = None  # weight of the L1 term; by default from activations and steps
-    k: int | None = None  # features per token, on average (as in BatchTopK), in place of L1
+    k: int | None = None  # features that fire per token, on average; replaces L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
     batch_size: int = 1024  # activations a step (first replication: 4096)
@@ -91,8 +92,9 @@ class Config:
     features: tuple[int, ...] = ()  # which to show, as in 12 34 56; by default twenty
 
     def __post_init__(self):
+        # Numbers have to be above 0, and three may be 0.
         for name, value in vars(self).items():
-            if type(value) in (int, float):  # not None, True or a string
+            if type(value) in (int, float):
                 may_be_0 = name in ("steps", "l1", "seed")
                 in_range = 0 < value < math.inf or (value == 0 and may_be_0)
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
@@ -117,15 +119,17 @@ TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet
 
 def open_dataset(name):
     """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
+    # glob.escape: a [ in the name of a file or folder is no pattern, neither for glob
+    # nor, later, for load_dataset.
     name = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"
     elif os.path.isfile(name):
-        name = glob.escape(name)  # a [ in its name does not begin a pattern
+        name = glob.escape(name)
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]  # nor for load_dataset
+    files = [glob.escape(file) for file in files]
     tables = [file for file in files if Path(file).suffix in TABLES]
     if tables:  # assumed to be of one kind; other files (a README) are ignored
         kind = TABLES[Path(tables[0]).suffix]
@@ -137,11 +141,11 @@ def open_dataset(name):
     return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
 def all_rows(dataset, tokenizer, seq_len):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order each
-    time (the seed of the shuffle is fixed), so that the same rows stay held out.
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order
+    each time (the seed of the shuffle is fixed), so that the same rows stay held out.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
-    first replication: 1,024 of them into 8 rows of 128, whose first token becomes BOS."""
+    first replication: 1,024 of them into 8 rows of 128, with BOS over each first one."""
     eos = tokenizer.eos_token_id
     require(eos is not None, "the tokenizer has no EOS")
     bos = tokenizer.bos_token_id
@@ -168,7 +172,7 @@ def all_rows(dataset, tokenizer, seq_len):
 # Needs: all of section 2, require, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
-    while True:
+    while True:  # a pass over the data
         i = 0  # in case there is no row at all
         with blame(f"--dataset {dataset}"):
             for i, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
@@ -201,7 +205,7 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
-    def stop(act, hook):  # TransformerLens calls stop(act, hook=...)
+    def stop(act, hook):  # TransformerLens passes hook=..., not used here
         raise Reached(act)
 
     try:
@@ -222,14 +226,14 @@ class ActivationBuffer:
     The activations of one text are alike, and a batch should be varied: it is drawn from
     all over the buffer. When half of the buffer has been served, that half is refilled.
 
-    get_activations: a function of tokens [rows, seq_len] -> [rows, seq_len, d_in]
+    activations_of: a function of tokens [rows, seq_len] -> [rows, seq_len, d_in]
     rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
 
-    def __init__(self, get_activations, rows, batch_size, n_batches, device="cpu"):
-        self.get_activations = get_activations
+    def __init__(self, activations_of, rows, batch_size, n_batches, device="cpu"):
+        self.activations_of = activations_of
         self.rows = rows
         self.batch_size = batch_size
-        probe = get_activations(torch.tensor([next(rows)], device=device))  # for its shape
+        probe = activations_of(torch.tensor([next(rows)], device=device))  # for its shape
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
         # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
@@ -247,12 +251,13 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows at a time. The very last row is cut to the slots that are left.
+        # 64 rows at a time: as many go through the language model at once.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
-            act = self.get_activations(tokens)  # [rows, seq_len, d_in]
+            act = self.activations_of(tokens)  # [n_rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
+            # (The very last row may be longer than the slots that are left.)
             self.store[slots] = act[:len(slots)].to(self.store.dtype)
         # Drawn on the CPU, for the same order on every device
         self.order = torch.randperm(len(self.store)).to(self.store.device)
@@ -275,11 +280,11 @@ class SparseAutoencoder(torch.nn.Module):
         f     = pre where pre > threshold, else 0    [batch, d_sae], most of it 0
         x_hat = f @ W_dec + b_dec                    [batch, d_in]
 
-    Row i of W_dec, of length 1, is the direction of feature i; f[i] is how much of it is
-    in x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty keeps f sparse.
-    With k there is no penalty. Before each training step, move_threshold moves the
-    threshold towards the value that k features per token exceed on average. (BatchTopK,
-    Bussmann et al. 2024, is nearly the same: the k * batch largest of a batch are kept.)"""
+    Row i of W_dec, of length 1, is the direction of feature i; f[:, i] says how much of
+    it is in each x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty
+    keeps f sparse. With k there is no penalty: the threshold is kept at such a height
+    that, on average, k features per token are above it. (BatchTopK, Bussmann et al.
+    2024, is nearly the same: of a batch, it keeps the k * batch largest.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -288,9 +293,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 of the decoder, transposed, so that x_hat begins near x:
-        # half of 8 d_in features fire, and each of them adds 0.3 (x @ d) * d, where d is
-        # its direction. On average over d that is 0.3 x / d_in, so the sum is 1.2 x.
+        # The encoder begins as 0.3 of the decoder, transposed. 0.3 was found by experiment.
+        # It makes x_hat begin near x: of 8 d_in features half fire, each adds 0.3 (x @ d) * d,
+        # with d its direction, which is 0.3 x / d_in on average; in all, 1.2 x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -299,11 +304,11 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The same value and gradients as this formula, with one large product fewer. For
-        # b_dec, autograd would multiply the gradient of pre, [batch, d_sae], by W_enc.T,
-        # and then sum over the batch. Here it sums first: `zero`, whose value is 0, takes
-        # that one row to b_dec. (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly
-        # where x has a large mean.)
+        # Written like that, a training step has six large products: two forward, and
+        # one backward for each of W_enc, W_dec, f and x - b_dec. The last serves b_dec
+        # alone, and is saved here: in the product, b_dec is a constant. `zero`, whose
+        # value is 0, gives it the same gradient. (So would x @ W_enc - b_dec @ W_enc,
+        # but that rounds badly where x has a large mean.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
@@ -324,8 +329,7 @@ class SparseAutoencoder(torch.nn.Module):
     def loss(self, x, l1=0.0):
         """For training: x [batch, d_in] -> loss, x_hat [batch, d_in], f [batch, d_sae]
 
-        Both terms are means over the batch, so l1 means the same at any batch size. (The
-        first replication sums the L1 term: its 3e-4 at batch 4,096 is 1.23 here.)"""
+        Both terms are means over the batch, so l1 means the same at any batch size."""
         x_hat, f = self(x)
         squared_error = (x_hat - x).pow(2).sum(-1).mean()
         sparsity = f.sum(-1).mean()  # the L1 norm: f is never negative
@@ -333,11 +337,12 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold towards the value that k features per token of x [n, d_in]
-        exceed on average; a tenth of the way, since one batch is noisy. No gradient trains
-        it. (k is self.k, or larger early in training: see schedule.)"""
+        """Before a training step: moves the threshold to where k features per token of
+        x [n, d_in] are above it on average, but only a tenth of the way, since one batch is
+        noisy. No gradient trains it. (k is self.k, or larger at first: see schedule.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
-        target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest
+        target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
+        # (Not below 0: f is never negative.)
         self.threshold.lerp_(target.clamp(min=0), 0.1)
 
     # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
@@ -353,7 +358,7 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize(self):
         """After step(): even a step at a right angle would lengthen a row (Pythagoras).
-        So all go back to length 1. (The first replication did it before step().)"""
+        So all go back to length 1."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # not by 0
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -362,28 +367,29 @@ class SparseAutoencoder(torch.nn.Module):
 @torch.no_grad()
 def resample(sae, adam, dead, x):
     """Points the dead features ([d_sae], bool) at what the others fail on: the paper's
-    "Neuron Resampling", but at x - x_hat of an example and not at the example itself.
-    x [n, d_in]: some thousands of examples."""
-
-    # Draw examples with a probability that grows with the square of their loss. None is
+    "Neuron Resampling", but not at a whole example, most of which the others explain:
+    at the part that they miss, x - x_hat. x [n, d_in]: some thousands of examples."""
+    # Draw examples with a probability in proportion to the square of their loss. None is
     # drawn twice, or a few with a huge loss would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2) + 1e-30  # not 0, so that any can be drawn
+    weight = loss.pow(2) + 1e-30  # [n], not 0, so that any can be drawn
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
-    drawn = torch.multinomial(weight, len(revived), replacement=False)
+    drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
     # others' mean length, as in the paper; with k all of it, to pass the threshold.
-    length = 1.0 if sae.k else 0.2
-    if not dead.all():  # else there are no others, and it stays as it is
-        length *= sae.W_enc[:, ~dead].norm(dim=0).mean()
+    length = 1.0  # if there are no others
+    if not dead.all():
+        length = sae.W_enc[:, ~dead].norm(dim=0).mean()
+    if not sae.k:
+        length = 0.2 * length
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = 0.0
 
-    # Adam forgets where the old features were going.
+    # Adam forgets where the old features were going: its two moments are 0 again.
     for moment in ("exp_avg", "exp_avg_sq"):
         adam.state[sae.W_dec][moment][revived] = 0.0
         adam.state[sae.W_enc][moment][:, revived] = 0.0
@@ -394,18 +400,18 @@ def schedule(step, steps):
     progress = step / steps
 
     # 1) The rate warms up over a twentieth of the run, while Adam's moments rest on few
-    #    gradients (+ 0.01: it is not 0 at step 0). It falls to 0 over the last fifth.
+    #    gradients (+ 0.01, or step 0 would do nothing). It falls to 0 over the last fifth.
     warm_up = min(1.0, 20 * progress + 0.01)
     decay = min(1.0, 5 * (1 - progress))
     lr_factor = warm_up * decay
 
-    # 2) Sparsity is phased in over half of the run, because a feature dies if it does not
-    #    find a use first: L1 grows from 0, and k falls from 8 times its value.
+    # 2) Sparsity is phased in over half of the run, because a feature dies if it does
+    #    not find a use first: L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
-    # 3) L1 makes f smaller than x_hat needs it. Over the last fifth, in which decay goes
-    #    from 1 to 0, L1 falls to half, so that f is shrunk less in the end.
+    # 3) L1 also shrinks the features that are right to fire. To undo some of that, it
+    #    falls to half in the last fifth, where decay falls from 1 to 0.
     l1_factor = growth * (1 + decay) / 2
 
     return lr_factor, l1_factor, k_factor
@@ -416,17 +422,20 @@ def train(cfg, sae, buffer):
     x = buffer.next()  # [batch, d_in]
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     # A hook may be constant (then spread is a rounding error), or overflow (nan, inf).
-    usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
+    rounding = 1e-5 * x.norm(dim=-1).median()
+    usable = rounding < spread < math.inf
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
-    # A step of Adam is about as large as its rate, whatever the gradient. If x is ten
-    # times as large, the biases have to be, too, while W_enc and W_dec can stay as they
-    # are. So the biases' rate is scaled by a typical entry of x - mean: spread / sqrt(d_in).
-    # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
+    # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
+    # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
+    # they are. So the biases' rate is scaled by a typical entry of x - mean. With k, W_enc
+    # has half the rate: far fewer features die. (Found by experiment.) `lr_scale` is a key
+    # of ours: Adam ignores it, and the loop multiplies by it.
+    bias_scale = spread / sae.d_in ** 0.5
     groups = [{"params": [sae.W_enc], "lr_scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
-              {"params": [sae.b_enc, sae.b_dec], "lr_scale": spread / sae.d_in ** 0.5}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)  # lr: at each step
+              {"params": [sae.b_enc, sae.b_dec], "lr_scale": bias_scale}]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)  # as in the replication
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
@@ -438,8 +447,8 @@ def train(cfg, sae, buffer):
         sae.b_dec.data = x.mean(0)
 
     # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192
-    # features. There is no theory behind them, except that l1 has to grow with x, because
-    # the squared error grows with the square of x, and f with x.
+    # features. Theory says only that l1 goes with spread: the squared error goes with
+    # spread ** 2, and f with spread, so l1 * f stays in proportion to it.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
@@ -447,7 +456,7 @@ def train(cfg, sae, buffer):
         l1 = 0.0 if sae.k else 0.07 * spread * longer ** (1 / 6)
 
     # A feature that has been silent for a twentieth of the run counts as dead.
-    last_fired = torch.full_like(sae.b_enc, done)  # [d_sae], at which step a feature did
+    silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
     mode = "a" if cfg.resume else "w"
@@ -478,15 +487,16 @@ def train(cfg, sae, buffer):
             # ---- The step is done. Below: revive dead features, log, save. ----
 
             done = step + 1
-            last_fired[f.amax(dim=0) > 0] = done  # it fired on some x of this batch
-            dead = done - last_fired >= patience  # [d_sae]
+            silent += 1
+            silent[f.amax(dim=0) > 0] = 0  # those that fired on some x of this batch
+            dead = silent >= patience  # [d_sae]
             # Not near the end: a revived feature needs time to learn.
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-                # (dead: silent for `patience` steps. In evaluate: on the held-out rows.)
+                # ("dead" counts steps of silence here; evaluate counts held-out tokens.)
                 entry = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
                              fvu=fvu.item(), dead=dead.float().mean().item())
                 log.write(json.dumps({"step": done, **entry}) + "\n")
@@ -503,39 +513,43 @@ def train(cfg, sae, buffer):
 
 # ---- 7. Evaluation -------------------------------------------------------------------
 
-# Needs: torch, F, tqdm, get_activations.
+# Needs: torch, F, tqdm.
+@torch.no_grad()
+def cross_entropy(model, hook, rows, replace):
+    """The model's loss on rows [n, seq_len], in nats per token, with replace(act) in
+    place of the activations at `hook`: act [rows, pos, d_in], float32, without BOS"""
+    def splice(act, hook):  # TransformerLens passes hook=..., not used here
+        bos, old = act[:, :1], act[:, 1:]
+        new = replace(old.flatten(2).float())  # heads, if any, are concatenated
+        return torch.cat([bos, new.view_as(old).to(act.dtype)], dim=1)
+
+    total = 0.0
+    for tokens in tqdm(rows.split(16), "evaluating", leave=False):
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
+        logits = logits[:, :-1].flatten(0, 1).float()  # [n, d_vocab]
+        following = tokens[:, 1:].flatten()  # [n]
+        total += F.cross_entropy(logits, following, reduction="sum").item()
+    return total / rows[:, 1:].numel()
+
+# Needs: torch, get_activations, cross_entropy.
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae],
     as a share of the tokens. BOS is left out of l0, fvu and dead, and never replaced."""
     acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
     x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
-    mean = x.mean(0)
-    error = fired = 0
+    mean = x.mean(0)  # [d_in]
+    error = 0.0
+    fired = 0  # becomes [d_sae]: on how many tokens
     for part in x.split(2048):
         x_hat, f = sae(part)  # [n, d_in], [n, d_sae]
         error += (x_hat - part).pow(2).sum()
-        fired += (f > 0).sum(0)  # [d_sae]
+        fired += (f > 0).sum(0)
 
-    def cross_entropy(replace):
-        """Nats per token, with replace(x) in place of x [rows, pos, d_in]"""
-        def splice(act, hook):  # called as splice(act, hook=...)
-            bos, old = act[:, :1], act[:, 1:]
-            new = replace(old.flatten(2).float())  # heads, if any, are concatenated
-            return torch.cat([bos, new.view_as(old).to(act.dtype)], dim=1)
-
-        total = 0.0
-        for tokens in tqdm(rows.split(16), "evaluating", leave=False):
-            logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
-            logits = logits[:, :-1].flatten(0, 1).float()  # [n, d_vocab]
-            following = tokens[:, 1:].flatten()  # [n]
-            total += F.cross_entropy(logits, following, reduction="sum").item()
-        return total / rows[:, 1:].numel()
-
-    ce = cross_entropy(lambda x: x)  # nothing replaced
-    ce_sae = cross_entropy(lambda x: sae(x)[0])
-    ce_zero = cross_entropy(torch.zeros_like)
-    ce_mean = cross_entropy(lambda x: mean.expand_as(x))
+    ce = cross_entropy(model, hook, rows, lambda act: act)  # nothing replaced
+    ce_sae = cross_entropy(model, hook, rows, lambda act: sae(act)[0])
+    ce_zero = cross_entropy(model, hook, rows, torch.zeros_like)
+    ce_mean = cross_entropy(model, hook, rows, lambda act: mean.expand_as(act))
     recovered = None
     if ce_zero - ce > 0.01:  # if not, zeros are as good as x: nothing to win back
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
@@ -567,16 +581,16 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [d_vocab], without biases and up to a factor, if the residual stream were
-    only what `direction` [d_in] writes into it (logit lens). The final norm takes its length
-    away, so only their order counts. None for hooks where it is not worked out here."""
+    """How likely it makes each token [d_vocab] as the next one if the residual stream holds
+    only what `direction` [d_in] writes into it: the logit lens. Only the order counts.
+    None at hooks whose way to the residual stream is not direct, or not known here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
     # The logits of direction minus those of -direction: the biases in them cancel.
-    both = torch.stack([direction, -direction]).to(model.cfg.dtype)
+    both = torch.stack([direction, -direction]).to(model.cfg.dtype)  # [2, d_model]
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
 
@@ -606,7 +620,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
     norms = sae.W_dec.norm(dim=-1)
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
-    # The paper's histogram of feature densities: 20 bars, from 1e-5 to 1.
+    # The paper's histogram of feature densities, from 1e-5 to 1: four bars for each factor
+    # of ten.
     page.print("How many features fire on what share of tokens (left: a bar's lower end)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
@@ -625,7 +640,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # abs, because -0.0 would print as -0.00
+        most = abs(f_i.max())  # (where a feature does not fire, its f may be -0.0)
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -657,6 +672,7 @@ def write(path, save):
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
+    # SAELens wants these keys. Most say that x and f are neither scaled nor reshaped.
     cfg = dict(
         architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32",
         device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
@@ -669,8 +685,8 @@ def save_sae(sae, folder, **metadata):
     write(f"{folder}/sae_weights.safetensors", lambda part: save_file(weights, part))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
-# What load_sae accepts in SAELens's cfg.json. Other values scale or reshape x or f in
-# ways that are not computed here.
+# SAELens has SAEs that scale or reshape x or f. They are not computed here, so load_sae
+# refuses them: it accepts only these values of these keys in cfg.json.
 SUPPORTED = dict(
     architecture=("standard", "jumprelu"),  # SAELens saves a trained batchtopk as jumprelu
     normalize_activations=("none",), reshape_activations=("none",),
@@ -696,7 +712,7 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # SAELens applies a ReLU, too: below 0 is 0
+        sae.threshold.clamp_(min=0)  # in SAELens a ReLU follows, so below 0 is like 0
         return sae
 
 # As methods, but written here, so that section 5 holds the mathematics alone.
@@ -724,7 +740,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    used = state["done"] * cfg.batch_size // buffer.per_row  # rows, without those for resample
+    # The rows that were used until then (roughly: resample took some more).
+    used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
     return state["done"]
@@ -748,12 +765,13 @@ def check_sae(cfg, sae, d_in):
 # ---- 10. All of it, in order ---------------------------------------------------------
 
 def run(cfg):
+    # torchrun would start several processes, which would all write into cfg.out.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     require(alone, "it trains in one process: start it without torchrun")
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {cfg.device}"):  # fails here if there is no such device
+    with blame(f"--device {cfg.device}"):  # fails if there is no such device
         device = str(torch.zeros(1, device=cfg.device or best).device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 

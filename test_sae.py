@@ -7,6 +7,7 @@
 import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -140,7 +141,7 @@ class Points:
     per_row = 127
 
     def __init__(self, x):
-        self.x, self.rows = x, iter(())
+        self.x, self.rows = x, itertools.count()
 
     def next(self):
         return self.x
@@ -462,6 +463,20 @@ def test_training_keeps_unit_norms_in_the_saved_file_and_revives_features(k, tmp
     assert off(S.SparseAutoencoder.load(tmp_path)) < 1e-6
 
 # ---- Resampling ----------------------------------------------------------------------------------
+
+def test_silent_for_a_twentieth_of_the_run_is_dead_but_not_near_the_end_nor_from_before_a_resume(
+        tmp_path, monkeypatch):
+    steps, sae, points = [], make_sae(), Points(torch.randn(64, 16))
+    sae.b_enc.data[:8] = -100.0
+    monkeypatch.setattr(S, "resample", lambda sae, adam, dead, x: steps.append(
+        int(adam.state[sae.b_enc]["step"])))
+    at_call(90, points, lambda: throw(KeyboardInterrupt()))                  # at step 65
+    cfg = S.Config(steps=400, l1=0.1, out=str(tmp_path))
+    done = S.train(cfg, sae, points)
+    assert steps == [20, 40, 60] and 60 < done < 79
+    cfg.resume = True
+    S.train(cfg, sae, points)
+    assert steps[3:] == [*range(100, 340, 20)], "80 is less than 20 steps after"
 
 def resampled(x, dead, k=None, d_sae=2000, b_dec=0.0):
     """An SAE whose features `dead` (the first ones) were resampled. x_hat was b_dec all over."""
@@ -878,7 +893,8 @@ def test_get_activations_and_evaluate_can_be_lifted_out_and_keep_no_graph(home, 
     unfrozen = S.load_model(str(home / "model"), "cpu").requires_grad_(True)
     act = lifted("get_activations", "Reached")(unfrozen, HOOK, rows)
     assert act.shape == (24, 128, 64) and no_graph(act)
-    metrics, frequency = lifted("evaluate")(unfrozen, HOOK, lambda x: (x, x), rows)
+    evaluate = lifted("evaluate", "F", "tqdm", "cross_entropy")
+    metrics, frequency = evaluate(unfrozen, HOOK, lambda x: (x, x), rows)
     assert metrics["loss_recovered"] == pytest.approx(1, abs=1e-4) and no_graph(frequency)
 
 def test_the_buffer_can_be_lifted_out_and_keeps_no_graph():
@@ -906,7 +922,8 @@ def test_evaluate_can_be_lifted_out_and_takes_any_model_with_hooks():
             return unembed(act)
 
     tokens = torch.randint(50, (20, 16))
-    metrics, frequency = lifted("evaluate")(Toy(), "any", lambda x: (x, x.relu()), tokens)
+    evaluate = lifted("evaluate", "F", "tqdm", "cross_entropy")
+    metrics, frequency = evaluate(Toy(), "any", lambda x: (x, x.relu()), tokens)
     logits = unembed(embed(tokens))[:, :-1]
     right = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
     assert metrics["ce"] == pytest.approx(right) and frequency.shape == (8,) and no_graph(frequency)
@@ -1029,7 +1046,7 @@ def bad(tmp_path_factory):
     ("--hook blocks.1.attn.hook_pattern", "a vector for each token"),
     ("--load /nowhere", "/nowhere"), ("--load GATED", "gated"), ("--load MISFIT", "d_in"),
     ("--load BINARY", "--load"), ("--load FITS --d-sae 96", "d_sae 48"), ("--out BINARY/x", "BINARY"),
-    ("--device gpu", "--device gpu"), ("--features 1 2 99999", "--features"),
+    ("--device gpu", "--device gpu"), ("--features 1 64", "--features 64"),
     ("--features -1", "--features"), ("--features one", "one"), ("--resume", "resume.pt"),
 ])
 def test_bad_input_gets_one_line_and_status_2(flags, says, refused, bad):
