@@ -8,12 +8,12 @@ this repository. It takes under three minutes on two CPU cores, and measures at 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
-x is an activation, x_hat the SAE's version of it. ce is the model's loss; ce_sae,
-ce_zero and ce_mean are its losses if x is replaced by x_hat, by zeros, by the mean of
-x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0: how many features fire on a
-token, on average. fvu: the fraction of x's variance that x_hat misses. dead: the
-fraction of features that fire on none of the held-out tokens. decoder norms: the
-lengths of W_dec's rows, kept at 1.
+x: the activations at a token, a vector [d_in]. x_hat: the SAE's version of it. ce: the
+model's cross-entropy. ce_sae, ce_zero, ce_mean: what it is if x is replaced by x_hat,
+by zeros, by the mean of x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0:
+how many features fire on a token, on average. fvu: the fraction of x's variance that
+x_hat misses. dead: the fraction of features that fire on none of the held-out tokens.
+decoder norms: the lengths of W_dec's rows, kept at 1.
 
 Sections 4 Activation buffer, 5 Autoencoder and 6 Training are the SAE itself. 1 Config,
 2 Data, 3 Language model feed it. 7 Evaluation and 8 Looking at features measure and
@@ -44,7 +44,8 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge  # names a model's activations
+# It wraps a model: each activation has a name, by which a hook can read or replace it.
+from transformer_lens.model_bridge import TransformerBridge
 
 # Two helpers for error messages
 
@@ -69,8 +70,8 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
-    hook: str = "blocks.0.mlp.hook_post"  # TransformerLens's name of the activations; this: MLP neurons
-    dataset: str = ""  # stdlib, file, folder, 'glob*', Hub NAME[:SUBSET[:SPLIT]]; by default from --model
+    hook: str = "blocks.0.mlp.hook_post"  # where x is, by TransformerLens's name: MLP neurons
+    dataset: str = ""  # stdlib, file, folder, 'glob*' or Hub NAME[:SUBSET[:SPLIT]]; default suits --model
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
@@ -92,7 +93,7 @@ class Config:
     features: tuple[int, ...] = ()  # which to show, as in 12 34 56; by default twenty
 
     def __post_init__(self):
-        # Numbers have to be above 0, and three may be 0.
+        # Numbers have to be above 0; three may also be 0.
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 may_be_0 = name in ("steps", "l1", "seed")
@@ -113,31 +114,30 @@ class Config:
             if self.load:
                 self.out += f"-from-{Path(self.load).name}"
 
-# ---- 2. Data: text, or ready-made tokens, to rows of tokens --------------------------
+# ---- 2. Data: rows of tokens, from text or from ready-made tokens --------------------
 
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 def open_dataset(name):
     """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
-    # glob.escape: a [ in the name of a file or folder is no pattern, neither for glob
-    # nor, later, for load_dataset.
     name = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
-        name = glob.escape(name) + "/**"
+        name = glob.escape(name) + "/**"  # escaped: a [ in its name is no pattern
     elif os.path.isfile(name):
         name = glob.escape(name)
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]
+    files = [glob.escape(file) for file in files]  # because load_dataset globs, too
     tables = [file for file in files if Path(file).suffix in TABLES]
     if tables:  # assumed to be of one kind; other files (a README) are ignored
         kind = TABLES[Path(tables[0]).suffix]
         return load_dataset(kind, data_files=tables, split="train", streaming=True)
-    if files:
+    if files:  # one example for each
         return load_dataset("text", data_files=files, split="train", streaming=True,
                             sample_by="document", encoding_errors="replace")
-    name, subset, split = (name.split(":") + ["", ""])[:3]  # "a:b" -> "a", "b", ""
+    # There is no such file, so it is a name on the Hub. "a:b" -> "a", "b", ""
+    name, subset, split = (name.split(":") + ["", ""])[:3]
     return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
 def all_rows(dataset, tokenizer, seq_len):
@@ -145,7 +145,7 @@ def all_rows(dataset, tokenizer, seq_len):
     each time (the seed of the shuffle is fixed), so that the same rows stay held out.
 
     Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
-    first replication: 1,024 of them into 8 rows of 128, with BOS over each first one."""
+    first replication: 1,024 into 8 rows of 128. BOS replaces the first token of each."""
     eos = tokenizer.eos_token_id
     require(eos is not None, "the tokenizer has no EOS")
     bos = tokenizer.bos_token_id
@@ -178,7 +178,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
             for i, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
                 is_held_out = i % 32 == 0
                 if held_out == is_held_out:
-                    yield row
+                    yield row  # (an error of the caller's is not raised in here)
             # Row 0 is held out, so there has to be a row 1 to train on.
             require(i > 0, "too short to make rows of, or empty")
         if held_out:
@@ -251,7 +251,7 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows at a time: as many go through the language model at once.
+        # 64 rows per forward pass, to bound the language model's memory.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
@@ -294,8 +294,8 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # The encoder begins as 0.3 of the decoder, transposed. 0.3 was found by experiment.
-        # It makes x_hat begin near x: of 8 d_in features half fire, each adds 0.3 (x @ d) * d,
-        # with d its direction, which is 0.3 x / d_in on average; in all, 1.2 x.
+        # It makes x_hat begin near x: for random directions d, (x @ d) * d is x / d_in on
+        # average, and half of 8 d_in features fire, so x_hat begins at 4 * 0.3 x = 1.2 x.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -304,15 +304,15 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written like that, a training step has six large products: two forward, and
-        # one backward for each of W_enc, W_dec, f and x - b_dec. The last serves b_dec
-        # alone, and is saved here: in the product, b_dec is a constant. `zero`, whose
-        # value is 0, gives it the same gradient. (So would x @ W_enc - b_dec @ W_enc,
-        # but that rounds badly where x has a large mean.)
+        # But faster to train. For b_dec's gradient it is enough to sum the gradient of pre
+        # over the batch, and to multiply this one row by W_enc.T. Autograd would multiply
+        # the whole batch, and then sum: a sixth of a step's large products. So b_dec is a
+        # constant in the product here, and gets the row through `zero`, whose value is 0.
+        # (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for x far from 0.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
-        pre += self.b_enc + zero  # in place: a copy less of [batch, d_sae]
+        pre += self.b_enc + zero  # in place, to save a copy of [batch, d_sae]
         return pre
 
     def encode(self, x):
@@ -337,9 +337,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Before a training step: moves the threshold to where k features per token of
-        x [n, d_in] are above it on average, but only a tenth of the way, since one batch is
-        noisy. No gradient trains it. (k is self.k, or larger at first: see schedule.)"""
+        """Before a training step: finds the height that k features per token of x [n, d_in]
+        exceed on average, and moves the threshold a tenth of the way to it, since one batch
+        is noisy. No gradient trains it. (Training starts with k > self.k: see schedule.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
         # (Not below 0: f is never negative.)
@@ -366,9 +366,9 @@ class SparseAutoencoder(torch.nn.Module):
 # Needs: torch, F.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """Points the dead features ([d_sae], bool) at what the others fail on: the paper's
-    "Neuron Resampling", but not at a whole example, most of which the others explain:
-    at the part that they miss, x - x_hat. x [n, d_in]: some thousands of examples."""
+    """The paper's "Neuron Resampling", with one change: a dead feature is pointed at an
+    example's error x - x_hat, not at the example, most of which the others explain.
+    dead [d_sae], bool; x [n, d_in]: some thousands of examples."""
     # Draw examples with a probability in proportion to the square of their loss. None is
     # drawn twice, or a few with a huge loss would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
@@ -410,8 +410,8 @@ def schedule(step, steps):
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
-    # 3) L1 also shrinks the features that are right to fire. To undo some of that, it
-    #    falls to half in the last fifth, where decay falls from 1 to 0.
+    # 3) L1 also makes f too small where a feature is right to fire. To undo some of
+    #    that, L1 falls to half over the last fifth, where decay falls from 1 to 0.
     l1_factor = growth * (1 + decay) / 2
 
     return lr_factor, l1_factor, k_factor
@@ -422,33 +422,33 @@ def train(cfg, sae, buffer):
     x = buffer.next()  # [batch, d_in]
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     # A hook may be constant (then spread is a rounding error), or overflow (nan, inf).
-    rounding = 1e-5 * x.norm(dim=-1).median()
-    usable = rounding < spread < math.inf
+    typical = x.norm(dim=-1).median().item()
+    usable = math.isfinite(spread) and spread > 1e-5 * typical
     require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
 
     # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
     # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
     # they are. So the biases' rate is scaled by a typical entry of x - mean. With k, W_enc
     # has half the rate: far fewer features die. (Found by experiment.) `lr_scale` is a key
-    # of ours: Adam ignores it, and the loop multiplies by it.
+    # of ours: Adam ignores it, and the loop multiplies by it. betas: as in the replication.
     bias_scale = spread / sae.d_in ** 0.5
     groups = [{"params": [sae.W_enc], "lr_scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "lr_scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "lr_scale": bias_scale}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)  # as in the replication
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
     if cfg.resume:
         done = load_checkpoint(cfg, sae, adam, buffer)
     elif cfg.load:
-        move_lengths(sae)
+        move_lengths(sae)  # rows of its W_dec may have other lengths than 1
     else:
         sae.b_dec.data = x.mean(0)
 
     # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192
-    # features. Theory says only that l1 goes with spread: the squared error goes with
-    # spread ** 2, and f with spread, so l1 * f stays in proportion to it.
+    # features. There is no theory behind them, except for spread in l1: if x is doubled,
+    # the squared error is 4 times as large, and f 2 times, so l1 has to be doubled, too.
     longer = max(1.0, cfg.steps / 1500)
     lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
     l1 = cfg.l1
@@ -526,8 +526,8 @@ def cross_entropy(model, hook, rows, replace):
     total = 0.0
     for tokens in tqdm(rows.split(16), "evaluating", leave=False):
         logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, splice)])
-        logits = logits[:, :-1].flatten(0, 1).float()  # [n, d_vocab]
-        following = tokens[:, 1:].flatten()  # [n]
+        logits = logits[:, :-1].flatten(0, 1).float()  # [n_tokens, d_vocab]
+        following = tokens[:, 1:].flatten()  # [n_tokens]
         total += F.cross_entropy(logits, following, reduction="sum").item()
     return total / rows[:, 1:].numel()
 
@@ -566,30 +566,32 @@ def visible(tokenizer, tokens):
     """Tokens as strings, with · for a space and ↵ for a newline. A character that takes
     several tokens (語, an emoji) is shown by the last of them; the others show "…"."""
     strings = []
-    begun = []  # tokens of a character that is not complete
+    pending = []  # tokens of a character that is not complete
     for token in tokens:
-        begun.append(int(token))
-        text = tokenizer.decode(begun)
-        # \ufffd: the character is not complete. (UTF-8 has at most four bytes for one.)
-        if text.endswith("\ufffd") and len(begun) < 4:
+        pending.append(int(token))
+        text = tokenizer.decode(pending)
+        # It ends in \ufffd while the character is incomplete: wait for the next token.
+        # (But not for more than four: UTF-8 has at most four bytes for a character.)
+        if text.endswith("\ufffd") and len(pending) < 4:
             strings.append("…")
         else:
             text = text.replace(" ", "·").replace("\n", "↵")
             # What does not print is escaped: a tab is \t.
             strings.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
-            begun = []
+            pending = []
     return strings
 
 def logit_effect(model, hook, direction):
-    """How likely it makes each token [d_vocab] as the next one if the residual stream holds
-    only what `direction` [d_in] writes into it: the logit lens. Only the order counts.
-    None at hooks whose way to the residual stream is not direct, or not known here."""
+    """The logits [d_vocab] that the model would give if its residual stream held only what
+    `direction` [d_in] writes into it (the logit lens). Only their order means something.
+    None for hooks whose effect on the residual stream is not worked out here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # The logits of direction minus those of -direction: the biases in them cancel.
+    # The final norm and the unembedding may add biases, the same for direction and for
+    # -direction. The difference has none.
     both = torch.stack([direction, -direction]).to(model.cfg.dtype)  # [2, d_model]
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -620,8 +622,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
     norms = sae.W_dec.norm(dim=-1)
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
-    # The paper's histogram of feature densities, from 1e-5 to 1: four bars for each factor
-    # of ten.
+    # The paper's histogram of feature densities, from 1e-5 to 1: four bars for each
+    # factor of ten.
     page.print("How many features fire on what share of tokens (left: a bar's lower end)")
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
@@ -664,7 +666,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
 # ---- 9. Saving, loading, checks: skip it on a first reading --------------------------
 
 def write(path, save):
-    """Atomic: after a crash, or on a full disk, the old file is still there."""
+    """save(path) writes a file. Here it is atomic: after a crash, or on a full disk,
+    the old file is still there."""
     part = Path(f"{path}.part")
     with blame(path):
         save(part)
@@ -672,7 +675,8 @@ def write(path, save):
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
-    # SAELens wants these keys. Most say that x and f are neither scaled nor reshaped.
+    # SAELens wants these keys. Most say that x and f are neither scaled nor reshaped;
+    # an SAE with thresholds is called jumprelu.
     cfg = dict(
         architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32",
         device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
@@ -721,8 +725,8 @@ SparseAutoencoder.load = classmethod(load_sae)
 
 @torch.no_grad()
 def move_lengths(sae):
-    """Rows of a loaded W_dec may have any length. Divides each row by its length and
-    multiplies its f by it, so x_hat stays the same. (normalize alone would change it.)"""
+    """Rows of a loaded W_dec may have any length. Divides each by its length, and makes its
+    f larger by as much, so x_hat stays the same. (normalize alone would change it.)"""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights *= length
@@ -754,9 +758,9 @@ def check_model(cfg, model, rows):
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
 
 def check_sae(cfg, sae, d_in):
-    for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
-        found = getattr(sae, name)  # wanted is None if the flag was not given
-        require(wanted in (None, found), f"the SAE has {name} {found}, not {wanted}")
+    require(sae.d_in == d_in, f"the SAE has d_in {sae.d_in}, not {d_in}")
+    require(cfg.d_sae in (None, sae.d_sae), f"--d-sae: the SAE has d_sae {sae.d_sae}")
+    require(cfg.k in (None, sae.k), f"--k {cfg.k}: the SAE has k {sae.k}")
     require(sae.k is None or sae.k <= sae.d_sae, f"--k {sae.k} of {sae.d_sae} features")
     require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term")
     for i in cfg.features:
@@ -765,14 +769,15 @@ def check_sae(cfg, sae, d_in):
 # ---- 10. All of it, in order ---------------------------------------------------------
 
 def run(cfg):
-    # torchrun would start several processes, which would all write into cfg.out.
+    # Several processes (of torchrun) would all write into cfg.out.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     require(alone, "it trains in one process: start it without torchrun")
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {cfg.device}"):  # fails if there is no such device
-        device = str(torch.zeros(1, device=cfg.device or best).device)
+    device = cfg.device or str(best)
+    with blame(f"--device {device}"):
+        torch.zeros(1, device=device)  # fails if there is no such device
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
     # The language model, and the rows that are held out.
@@ -809,7 +814,8 @@ def main(argv=None):
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
     except (OSError, ValueError) as error:  # in flags, files, network
-        print("sae.py:", *str(error).split(), file=sys.stderr)  # on one line
+        message = " ".join(str(error).split())  # on one line
+        print("sae.py:", message, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # outside the training loop: nothing to save
         sys.exit("sae.py: stopped")
