@@ -27,6 +27,7 @@ import math
 import os
 import sys
 import sysconfig
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -42,7 +43,7 @@ from einops import rearrange
 from huggingface_hub import hf_hub_download
 from rich.console import Console
 from rich.text import Text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as to_bytes
 from tqdm import tqdm
 # It wraps a model: each activation has a name, by which a hook can read or replace it.
 from transformer_lens.model_bridge import TransformerBridge
@@ -118,6 +119,13 @@ class Config:
 
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
+def kind_of(file):
+    """The loader for a file, by its name: "json" for a.jsonl and a.jsonl.gz"""
+    for suffix in Path(file).suffixes:
+        if suffix.lower() in TABLES:
+            return TABLES[suffix.lower()]
+    return "text"
+
 def open_dataset(name):
     """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
     name = os.path.expanduser(name)
@@ -128,17 +136,22 @@ def open_dataset(name):
     elif os.path.isfile(name):
         name = glob.escape(name)
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-    files = [glob.escape(file) for file in files]  # because load_dataset globs, too
-    tables = [file for file in files if Path(file).suffix in TABLES]
-    if tables:  # assumed to be of one kind; other files (a README) are ignored
-        kind = TABLES[Path(tables[0]).suffix]
-        return load_dataset(kind, data_files=tables, split="train", streaming=True)
-    if files:  # one example for each
-        return load_dataset("text", data_files=files, split="train", streaming=True,
-                            sample_by="document", encoding_errors="replace")
-    # There is no such file, so it is a name on the Hub. "a:b" -> "a", "b", ""
-    name, subset, split = (name.split(":") + ["", ""])[:3]
-    return load_dataset(name, subset or None, split=split or "train", streaming=True)
+    if not files:  # a name on the Hub: "a:b" -> "a", "b", ""
+        name, subset, split = (name.split(":") + ["", ""])[:3]
+        return load_dataset(name, subset or None, split=split or "train", streaming=True)
+
+    # In a folder, the data are the files of the kind with the most bytes. (Others are, for
+    # example, the README of a table, or the package.json of source code.)
+    sizes = Counter()
+    for file in files:
+        sizes[kind_of(file)] += os.path.getsize(file)
+    kind = sizes.most_common(1)[0][0]
+    options = {}
+    if kind == "text":  # each file is an example
+        options = dict(sample_by="document", encoding_errors="replace")
+    # Escaped once more, because load_dataset globs, too.
+    files = [glob.escape(file) for file in files if kind_of(file) == kind]
+    return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 def all_rows(dataset, tokenizer, seq_len):
     """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order
@@ -158,14 +171,19 @@ def all_rows(dataset, tokenizer, seq_len):
         text = example.get("text")
         tokens = example.get("tokens") or example.get("input_ids")
         if isinstance(text, str):
-            # split_special_tokens: a text's <|endoftext|> remains plain characters.
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            packed += ids["input_ids"] + [eos]
-            end = len(packed) - len(packed) % (seq_len - 1)  # the rest is kept for later
-            for i in range(0, end, seq_len - 1):
-                yield [bos] + packed[i:i + seq_len - 1]
-            packed = packed[end:]
+            # In parts, because a tokenizer takes nearly 200 times the memory of its text
+            for start in range(0, len(text), 1_000_000):
+                # split_special_tokens: a text's <|endoftext|> remains plain characters.
+                ids = tokenizer(text[start:start + 1_000_000], add_special_tokens=False,
+                                split_special_tokens=True)
+                packed += ids["input_ids"]
+                end = len(packed) - len(packed) % (seq_len - 1)  # the rest is kept for later
+                for i in range(0, end, seq_len - 1):
+                    yield [bos] + packed[i:i + seq_len - 1]
+                packed = packed[end:]
+            packed.append(eos)
         elif isinstance(tokens, list):
+            tokens = [int(token) for token in tokens]  # an error if they are words
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
 
@@ -213,7 +231,7 @@ def get_activations(model, hook, tokens):
         raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
-    if act.shape[:2] != tokens.shape:
+    if act.dim() < 3 or act.shape[:2] != tokens.shape:
         raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
     return act.flatten(2).float()  # attention heads, if any, are concatenated
 
@@ -363,7 +381,7 @@ class SparseAutoencoder(torch.nn.Module):
 
 # ---- 6. Training ---------------------------------------------------------------------
 
-# Needs: torch, F.
+# Needs: torch, F, require.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
     """The paper's "Neuron Resampling", with one change: a dead feature is pointed at an
@@ -374,6 +392,7 @@ def resample(sae, adam, dead, x):
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # [n], not 0, so that any can be drawn
+    require(weight.sum().isfinite(), "the loss is not finite; lower --lr, or --l1")
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
     drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
@@ -536,8 +555,8 @@ def cross_entropy(model, hook, rows, replace):
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae],
     as a share of the tokens. BOS is left out of l0, fvu and dead, and never replaced."""
-    acts = [get_activations(model, hook, tokens)[:, 1:] for tokens in rows.split(16)]
-    x = torch.cat(acts).flatten(0, 1)  # [n_tokens, d_in]
+    x = torch.cat([get_activations(model, hook, part)[:, 1:] for part in rows.split(16)])
+    x = x.flatten(0, 1)  # [n_tokens, d_in]
     mean = x.mean(0)  # [d_in]
     error = 0.0
     fired = 0  # becomes [d_sae]: on how many tokens
@@ -628,7 +647,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     exponents = frequency[frequency > 0].log10().clamp(min=-5)
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, count in enumerate(counts):
-        bar = "█" * round(60 * count / max(1, *counts))
+        bar = "█" * round(56 * count / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
 
     # By default twenty features, evenly from rare (2e-4 of the tokens) to frequent.
@@ -686,7 +705,8 @@ def save_sae(sae, folder, **metadata):
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write(f"{folder}/sae_weights.safetensors", lambda part: save_file(weights, part))
+    data = to_bytes(weights)  # (save_file would write a file that only its owner can read)
+    write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
 # SAELens has SAEs that scale or reshape x or f. They are not computed here, so load_sae
@@ -736,12 +756,15 @@ def save_checkpoint(cfg, sae, adam, done):
     finite = sae.W_enc.isfinite().all()
     require(finite, f"step {done}: weights are not finite; lower --lr, or --l1")
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
-    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done)
+    flags = [cfg.model, cfg.hook, sae.k]
+    state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done, flags=flags)
     write(f"{cfg.out}/resume.pt", lambda part: torch.save(state, part))
 
 def load_checkpoint(cfg, sae, adam, buffer):
     with blame(f"--resume: {cfg.out}"):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
+        flags = [cfg.model, cfg.hook, sae.k]
+        require(state["flags"] == flags, f"it is of {state['flags']}, not of {flags}")
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
     # The rows that were used until then (roughly: resample took some more).
@@ -754,7 +777,7 @@ def check_model(cfg, model, rows):
     near = get_close_matches(cfg.hook, model.hook_dict, n=3, cutoff=0)
     require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: none; near it are {near}")
     require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
-    known = rows.max() < model.cfg.d_vocab
+    known = 0 <= rows.min() and rows.max() < model.cfg.d_vocab
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
 
 def check_sae(cfg, sae, d_in):
@@ -813,7 +836,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # where there is no █, print ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
-    except (OSError, ValueError) as error:  # in flags, files, network
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # not a bug of ours
         message = " ".join(str(error).split())  # on one line
         print("sae.py:", message, file=sys.stderr)
         sys.exit(2)
