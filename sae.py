@@ -45,7 +45,8 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save as to_bytes
 from tqdm import tqdm
-# It wraps a model: each activation has a name, by which a hook can read or replace it.
+# TransformerBridge wraps a model. Each of its activations has a name, by which a hook
+# can read or replace it.
 from transformer_lens.model_bridge import TransformerBridge
 
 # Two helpers for error messages
@@ -64,20 +65,19 @@ def blame(what):
         raise ValueError(f"{what}: {error}") from error
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
-
 # For --load: the files of two SAEs of gelu-1l, published with the first replication
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
-    hook: str = "blocks.0.mlp.hook_post"  # where x is, by TransformerLens's name: MLP neurons
+    hook: str = "blocks.0.mlp.hook_post"  # where in the model x is taken; here: MLP neurons
     dataset: str = ""  # stdlib, file, folder, 'glob*' or Hub NAME[:SUBSET[:SPLIT]]; default suits --model
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
-    l1: float | None = None  # weight of the L1 term; by default from activations and steps
+    l1: float | None = None  # weight of the L1 term; by default computed in train()
     k: int | None = None  # features that fire per token, on average; replaces L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
@@ -96,7 +96,7 @@ class Config:
     def __post_init__(self):
         # Numbers have to be above 0; three may also be 0.
         for name, value in vars(self).items():
-            if type(value) in (int, float):
+            if type(value) in (int, float):  # not bool
                 may_be_0 = name in ("steps", "l1", "seed")
                 in_range = 0 < value < math.inf or (value == 0 and may_be_0)
                 require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
@@ -116,7 +116,6 @@ class Config:
                 self.out += f"-from-{Path(self.load).name}"
 
 # ---- 2. Data: rows of tokens, from text or from ready-made tokens --------------------
-
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 def kind_of(file):
@@ -140,8 +139,8 @@ def open_dataset(name):
         name, subset, split = (name.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
-    # In a folder, the data are the files of the kind with the most bytes. (Others are, for
-    # example, the README of a table, or the package.json of source code.)
+    # In a folder, the data are the files of the kind with the most bytes. (Others are,
+    # for example, a README beside a table, or a package.json in source code.)
     sizes = Counter()
     for file in files:
         sizes[kind_of(file)] += os.path.getsize(file)
@@ -177,13 +176,13 @@ def all_rows(dataset, tokenizer, seq_len):
                 ids = tokenizer(text[start:start + 1_000_000], add_special_tokens=False,
                                 split_special_tokens=True)
                 packed += ids["input_ids"]
-                end = len(packed) - len(packed) % (seq_len - 1)  # the rest is kept for later
+                end = len(packed) - len(packed) % (seq_len - 1)  # what is left is kept
                 for i in range(0, end, seq_len - 1):
                     yield [bos] + packed[i:i + seq_len - 1]
                 packed = packed[end:]
             packed.append(eos)
         elif isinstance(tokens, list):
-            tokens = [int(token) for token in tokens]  # an error if they are words
+            tokens = [int(token) for token in tokens]  # an error if they are words, not ids
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
                 yield [bos] + tokens[i + 1:i + seq_len]
 
@@ -196,14 +195,13 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
             for i, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
                 is_held_out = i % 32 == 0
                 if held_out == is_held_out:
-                    yield row  # (an error of the caller's is not raised in here)
+                    yield row
             # Row 0 is held out, so there has to be a row 1 to train on.
             require(i > 0, "too short to make rows of, or empty")
         if held_out:
             return
 
 # ---- 3. The language model -----------------------------------------------------------
-
 def load_model(name, device="cpu"):
     """A frozen TransformerBridge. On CUDA in bfloat16: half the memory, and faster."""
     dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
@@ -222,7 +220,7 @@ class Reached(Exception):
 # Needs: torch, Reached.
 @torch.no_grad()
 def get_activations(model, hook, tokens):
-    """tokens [rows, seq_len] -> what is at `hook`: [rows, seq_len, d_in], float32"""
+    """tokens [n, seq_len] -> what is at `hook`: [n, seq_len, d_in], float32"""
     def stop(act, hook):  # TransformerLens passes hook=..., not used here
         raise Reached(act)
 
@@ -236,7 +234,6 @@ def get_activations(model, hook, tokens):
     return act.flatten(2).float()  # attention heads, if any, are concatenated
 
 # ---- 4. The activation buffer --------------------------------------------------------
-
 # Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
     """Serves activations [batch_size, d_in] of `rows` in random order, each at most once.
@@ -244,7 +241,7 @@ class ActivationBuffer:
     The activations of one text are alike, and a batch should be varied: it is drawn from
     all over the buffer. When half of the buffer has been served, that half is refilled.
 
-    activations_of: a function of tokens [rows, seq_len] -> [rows, seq_len, d_in]
+    activations_of: a function of tokens [n, seq_len] -> [n, seq_len, d_in]
     rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
 
     def __init__(self, activations_of, rows, batch_size, n_batches, device="cpu"):
@@ -258,9 +255,9 @@ class ActivationBuffer:
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves: shuffling it would take its memory twice.
-        # Instead refill() draws `order`, its slots in a random order, and next() serves
-        # order[0], order[1], ... Those in order[:served] have been served, and may be
-        # overwritten. At the start all count as served: the first next() fills them.
+        # Instead refill() draws `order`, its slots in a random order, which next() serves.
+        # Say order is 5 2 7 0 3 1 6 4, and served is 4: slots 5 2 7 0 may be overwritten,
+        # slot 3 is next. At the start all count as served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -289,7 +286,6 @@ class ActivationBuffer:
         return self.store[slots].float()  # [batch, d_in]
 
 # ---- 5. The autoencoder --------------------------------------------------------------
-
 # Needs: torch, F. (save and load are in section 9, with what they need.)
 class SparseAutoencoder(torch.nn.Module):
     """Writes x as a sparse sum of d_sae directions.
@@ -311,9 +307,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 of the decoder, transposed. 0.3 was found by experiment.
-        # It makes x_hat begin near x: for random directions d, (x @ d) * d is x / d_in on
-        # average, and half of 8 d_in features fire, so x_hat begins at 4 * 0.3 x = 1.2 x.
+        # The encoder begins as 0.3 of the decoder, transposed, so that x_hat begins near x.
+        # (For random directions d, (x @ d) * d is x / d_in on average. Half of 8 d_in
+        # features fire, so x_hat begins at 0.3 * 4 x. 0.25 trains as well; 1.0 does not.)
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -322,10 +318,10 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # But faster to train. For b_dec's gradient it is enough to sum the gradient of pre
-        # over the batch, and to multiply this one row by W_enc.T. Autograd would multiply
-        # the whole batch, and then sum: a sixth of a step's large products. So b_dec is a
-        # constant in the product here, and gets the row through `zero`, whose value is 0.
+        # Written so that it is faster to train. In the product, b_dec is a constant. If not,
+        # autograd would multiply [batch, d_sae] by W_enc.T, only to sum over the batch: one
+        # of the six large products of a step. `zero` has the value 0; through it b_dec gets
+        # the same gradient, for which one row is multiplied by W_enc.T.
         # (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for x far from 0.)
         b_dec = self.b_dec.detach()
         zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
@@ -355,13 +351,14 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Before a training step: finds the height that k features per token of x [n, d_in]
-        exceed on average, and moves the threshold a tenth of the way to it, since one batch
-        is noisy. No gradient trains it. (Training starts with k > self.k: see schedule.)"""
+        """Before a training step: finds the value that, on average, k pre-activations per
+        token of x [n, d_in] lie above, and moves the threshold a tenth of the way to it,
+        since one batch is noisy. No gradient trains it. k: at first 8 * self.k, at last
+        self.k (see schedule)."""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
-        # (Not below 0: f is never negative.)
-        self.threshold.lerp_(target.clamp(min=0), 0.1)
+        target = target.clamp(min=0)  # so that f is never negative
+        self.threshold += 0.1 * (target - self.threshold)
 
     # The unit-norm rule. Without it the SAE can cheat the L1 term: halve f, double W_dec,
     # same x_hat. A training step is: project_gradient, optimizer.step, normalize.
@@ -380,7 +377,6 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # not by 0
 
 # ---- 6. Training ---------------------------------------------------------------------
-
 # Needs: torch, F, require.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
@@ -429,7 +425,7 @@ def schedule(step, steps):
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
-    # 3) L1 also makes f too small where a feature is right to fire. To undo some of
+    # 3) L1 makes f too small even where a feature is right to fire. To undo some of
     #    that, L1 falls to half over the last fifth, where decay falls from 1 to 0.
     l1_factor = growth * (1 + decay) / 2
 
@@ -447,14 +443,13 @@ def train(cfg, sae, buffer):
 
     # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
     # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
-    # they are. So the biases' rate is scaled by a typical entry of x - mean. With k, W_enc
-    # has half the rate: far fewer features die. (Found by experiment.) `lr_scale` is a key
-    # of ours: Adam ignores it, and the loop multiplies by it. betas: as in the replication.
+    # they are. So the biases' rate is in units of a typical entry of x - mean.
     bias_scale = spread / sae.d_in ** 0.5
-    groups = [{"params": [sae.W_enc], "lr_scale": 0.5 if sae.k else 1.0},
-              {"params": [sae.W_dec], "lr_scale": 1.0},
-              {"params": [sae.b_enc, sae.b_dec], "lr_scale": bias_scale}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
+    scales = [0.5 if sae.k else 1.0, 1.0, bias_scale]
+    groups = [{"params": [sae.W_enc]}, {"params": [sae.W_dec]},
+              {"params": [sae.b_enc, sae.b_dec]}]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)  # as in the replication
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
@@ -487,8 +482,8 @@ def train(cfg, sae, buffer):
             # The batch, and the learning rates, L1 weight and k of this step.
             x = buffer.next()  # [batch, d_in]
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
-            for group in adam.param_groups:
-                group["lr"] = lr * lr_factor * group["lr_scale"]
+            for group, scale in zip(adam.param_groups, scales):
+                group["lr"] = lr * lr_factor * scale
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
                 sae.move_threshold(x[:128], k)  # 128 tokens are enough for an estimate
@@ -531,12 +526,11 @@ def train(cfg, sae, buffer):
     return done
 
 # ---- 7. Evaluation -------------------------------------------------------------------
-
 # Needs: torch, F, tqdm.
 @torch.no_grad()
 def cross_entropy(model, hook, rows, replace):
     """The model's loss on rows [n, seq_len], in nats per token, with replace(act) in
-    place of the activations at `hook`: act [rows, pos, d_in], float32, without BOS"""
+    place of the activations at `hook`: act [n, seq_len - 1, d_in], float32, without BOS"""
     def splice(act, hook):  # TransformerLens passes hook=..., not used here
         bos, old = act[:, :1], act[:, 1:]
         new = replace(old.flatten(2).float())  # heads, if any, are concatenated
@@ -580,7 +574,6 @@ def evaluate(model, hook, sae, rows):
     return metrics, fired / len(x)  # [d_sae]
 
 # ---- 8. Looking: what features fire on, and what they do -----------------------------
-
 def visible(tokenizer, tokens):
     """Tokens as strings, with · for a space and ↵ for a newline. A character that takes
     several tokens (語, an emoji) is shown by the last of them; the others show "…"."""
@@ -590,7 +583,7 @@ def visible(tokenizer, tokens):
         pending.append(int(token))
         text = tokenizer.decode(pending)
         # It ends in \ufffd while the character is incomplete: wait for the next token.
-        # (But not for more than four: UTF-8 has at most four bytes for a character.)
+        # (But for three at most: a token has a byte or more, a character at most four.)
         if text.endswith("\ufffd") and len(pending) < 4:
             strings.append("…")
         else:
@@ -609,8 +602,8 @@ def logit_effect(model, hook, direction):
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # The final norm and the unembedding may add biases, the same for direction and for
-    # -direction. The difference has none.
+    # The final norm and the unembedding may add biases. Both rows contain the same, so
+    # subtracting removes them (and doubles the rest).
     both = torch.stack([direction, -direction]).to(model.cfg.dtype)  # [2, d_model]
     logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -661,7 +654,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # (where a feature does not fire, its f may be -0.0)
+        most = abs(f_i.max())  # (f of a silent feature is 0 times a negative number: -0.0)
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -683,14 +676,16 @@ def report(cfg, model, sae, rows, metrics, frequency):
     print(page.export_text(styles=sys.stdout.isatty()))
 
 # ---- 9. Saving, loading, checks: skip it on a first reading --------------------------
-
 def write(path, save):
-    """save(path) writes a file. Here it is atomic: after a crash, or on a full disk,
-    the old file is still there."""
+    """Calls save on a temporary file, and renames that: after a crash, or on a full
+    disk, the old file is still there."""
     part = Path(f"{path}.part")
     with blame(path):
         save(part)
         os.replace(part, path)
+
+# The class's methods save and load are written here, so that section 5 holds the
+# mathematics alone. (`cls` is SparseAutoencoder.)
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
@@ -709,14 +704,14 @@ def save_sae(sae, folder, **metadata):
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
-# SAELens has SAEs that scale or reshape x or f. They are not computed here, so load_sae
-# refuses them: it accepts only these values of these keys in cfg.json.
+# What load_sae accepts in SAELens's cfg.json, because nothing else is computed here.
 SUPPORTED = dict(
-    architecture=("standard", "jumprelu"),  # SAELens saves a trained batchtopk as jumprelu
-    normalize_activations=("none",), reshape_activations=("none",),
-    apply_b_dec_to_input=(True,), rescale_acts_by_decoder_norm=(False,),
-    finetuning_scaling_factor=(False,), activation_fn=("relu",),
-    activation_fn_str=("relu",))
+    architecture=("standard", "jumprelu"),  # a trained batchtopk is saved as jumprelu, too
+    normalize_activations=("none",),  # others scale x
+    reshape_activations=("none",),  # others reshape x
+    apply_b_dec_to_input=(True,),  # x - b_dec in the encoder
+    rescale_acts_by_decoder_norm=(False,),  # True: f times the lengths of W_dec's rows
+    activation_fn_str=("relu",))  # of older versions
 
 def load_sae(cls, source):
     """source: run1, run2, a folder that this file or SAELens saved, or a .pt state dict"""
@@ -736,17 +731,16 @@ def load_sae(cls, source):
         sae = cls(*weights["W_enc"].shape, cfg.get("k"))
         # A file of a ReLU SAE has no threshold: it stays 0.
         sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # in SAELens a ReLU follows, so below 0 is like 0
+        sae.threshold.clamp_(min=0)  # SAELens applies a ReLU as well: below 0 is like 0
         return sae
 
-# As methods, but written here, so that section 5 holds the mathematics alone.
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
 @torch.no_grad()
 def move_lengths(sae):
-    """Rows of a loaded W_dec may have any length. Divides each by its length, and makes its
-    f larger by as much, so x_hat stays the same. (normalize alone would change it.)"""
+    """Rows of a loaded W_dec may have any length. Divides each by its length, and
+    multiplies its f by it, so x_hat stays the same. (normalize alone would change it.)"""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights *= length
@@ -767,7 +761,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
         require(state["flags"] == flags, f"it is of {state['flags']}, not of {flags}")
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # The rows that were used until then (roughly: resample took some more).
+    # Skip as many rows as the interrupted run used (roughly: resample used some more).
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
@@ -790,7 +784,6 @@ def check_sae(cfg, sae, d_in):
         require(0 <= i < sae.d_sae, f"--features {i}: there are 0 to {sae.d_sae - 1}")
 
 # ---- 10. All of it, in order ---------------------------------------------------------
-
 def run(cfg):
     # Several processes (of torchrun) would all write into cfg.out.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"

@@ -279,7 +279,8 @@ def kinds(tmp_path_factory):
     (folder / "two").mkdir()
     table.select(range(5)).to_json(folder / "two" / "a.jsonl")
     table.select(range(5, 12)).to_json(folder / "two" / "b.jsonl")
-    (folder / "two" / "README.md").write_text("# Not data" * 1000)
+    for name in ("README.md", "a.py", "b.py", "c.py"):
+        (folder / "two" / name).write_text("# Not data" * 200)
     (folder / "two" / "more.csv").write_text("id,text\n1,not data\n")
     with gzip.open(folder / "b.jsonl.gz", "wt") as file:
         file.write((folder / "a [1].jsonl").read_text())
