@@ -8,12 +8,12 @@ this repository. It takes under three minutes on two CPU cores, and measures at 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
 
-x: the activations at a token, a vector [d_in]. x_hat: the SAE's version of it. ce: the
-model's cross-entropy. ce_sae, ce_zero, ce_mean: what it is if x is replaced by x_hat,
-by zeros, by the mean of x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce). l0:
-how many features fire on a token, on average. fvu: the fraction of x's variance that
-x_hat misses. dead: the fraction of features that fire on none of the held-out tokens.
-decoder norms: the lengths of W_dec's rows, kept at 1.
+x: the activations at a token, a vector of length d_in. x_hat: the SAE's version of it.
+ce: the model's cross-entropy. ce_sae, ce_zero, ce_mean: what it is if x is replaced by
+x_hat, by zeros, by the mean of x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce).
+l0: how many features fire on a token, on average. fvu: the fraction of x's variance
+that x_hat misses. dead: the fraction of features that fire on none of the held-out
+tokens. decoder norms: the lengths of W_dec's rows, kept at 1.
 
 Sections 4 Activation buffer, 5 Autoencoder and 6 Training are the SAE itself. 1 Config,
 2 Data, 3 Language model feed it. 7 Evaluation and 8 Looking at features measure and
@@ -71,7 +71,7 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
 @dataclass
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
-    hook: str = "blocks.0.mlp.hook_post"  # where in the model x is taken; here: MLP neurons
+    hook: str = "blocks.0.mlp.hook_post"  # where x is; here: MLP neurons after their GELU
     dataset: str = ""  # stdlib, file, folder, 'glob*' or Hub NAME[:SUBSET[:SPLIT]]; default suits --model
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
@@ -131,7 +131,7 @@ def open_dataset(name):
     if name == "stdlib":  # the source of Python's own library, which everybody has
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
-        name = glob.escape(name) + "/**"  # escaped: a [ in its name is no pattern
+        name = glob.escape(name) + "/**"  # escaped, in case its name has a [ or *
     elif os.path.isfile(name):
         name = glob.escape(name)
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
@@ -163,6 +163,7 @@ def all_rows(dataset, tokenizer, seq_len):
     bos = tokenizer.bos_token_id
     if bos is None:
         bos = eos
+    per_row = seq_len - 1  # tokens beside BOS
     packed = []
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         found = {"text", "tokens", "input_ids"}.intersection(example)
@@ -173,31 +174,32 @@ def all_rows(dataset, tokenizer, seq_len):
             # In parts, because a tokenizer takes nearly 200 times the memory of its text
             for start in range(0, len(text), 1_000_000):
                 # split_special_tokens: a text's <|endoftext|> remains plain characters.
-                ids = tokenizer(text[start:start + 1_000_000], add_special_tokens=False,
-                                split_special_tokens=True)
-                packed += ids["input_ids"]
-                end = len(packed) - len(packed) % (seq_len - 1)  # what is left is kept
-                for i in range(0, end, seq_len - 1):
-                    yield [bos] + packed[i:i + seq_len - 1]
-                packed = packed[end:]
+                part = tokenizer(text[start:start + 1_000_000], add_special_tokens=False,
+                                 split_special_tokens=True)
+                packed += part["input_ids"]
+                end = len(packed) // per_row * per_row
+                for i in range(0, end, per_row):
+                    yield [bos] + packed[i:i + per_row]
+                packed = packed[end:]  # less than a row: it waits for more
             packed.append(eos)
         elif isinstance(tokens, list):
             tokens = [int(token) for token in tokens]  # an error if they are words, not ids
             for i in range(0, len(tokens) - seq_len + 1, seq_len):
-                yield [bos] + tokens[i + 1:i + seq_len]
+                yield [bos] + tokens[i + 1:i + seq_len]  # BOS replaces tokens[i]
 
 # Needs: all of section 2, require, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:  # a pass over the data
-        i = 0  # in case there is no row at all
+        n_rows = 0
         with blame(f"--dataset {dataset}"):
-            for i, row in enumerate(all_rows(dataset, tokenizer, seq_len)):
-                is_held_out = i % 32 == 0
+            for row in all_rows(dataset, tokenizer, seq_len):
+                n_rows += 1
+                is_held_out = n_rows % 32 == 1  # the 1st, 33rd, 65th, ... row
                 if held_out == is_held_out:
                     yield row
-            # Row 0 is held out, so there has to be a row 1 to train on.
-            require(i > 0, "too short to make rows of, or empty")
+            # The 1st row is held out, so there has to be a 2nd to train on.
+            require(n_rows > 1, "too short to make rows of, or empty")
         if held_out:
             return
 
@@ -226,9 +228,10 @@ def get_activations(model, hook, tokens):
 
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
-        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
+    else:
+        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     if act.dim() < 3 or act.shape[:2] != tokens.shape:
         raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
     return act.flatten(2).float()  # attention heads, if any, are concatenated
@@ -236,7 +239,7 @@ def get_activations(model, hook, tokens):
 # ---- 4. The activation buffer --------------------------------------------------------
 # Needs: torch, math, islice, rearrange.
 class ActivationBuffer:
-    """Serves activations [batch_size, d_in] of `rows` in random order, each at most once.
+    """Serves activations [batch_size, d_in] of `rows` in random order, none twice.
 
     The activations of one text are alike, and a batch should be varied: it is drawn from
     all over the buffer. When half of the buffer has been served, that half is refilled.
@@ -254,10 +257,10 @@ class ActivationBuffer:
         # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves: shuffling it would take its memory twice.
-        # Instead refill() draws `order`, its slots in a random order, which next() serves.
-        # Say order is 5 2 7 0 3 1 6 4, and served is 4: slots 5 2 7 0 may be overwritten,
-        # slot 3 is next. At the start all count as served: the first next() fills them.
+        # Nothing in `store` ever moves: to shuffle it would take twice its memory. Instead,
+        # `order` is a shuffled list of its positions, and next() works through that. Say
+        # order is 5 2 7 0 3 1 6 4, and served is 4: positions 5 2 7 0 may be overwritten, 3
+        # is next. At the start all count as served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -266,13 +269,14 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows per forward pass, to bound the language model's memory.
+        # 64 rows per forward pass, to bound the language model's memory. slots [n]: the
+        # positions in store that they fill.
         for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.activations_of(tokens)  # [n_rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
-            # (The very last row may be longer than the slots that are left.)
+            # (The very last row may have more tokens than there are slots left.)
             self.store[slots] = act[:len(slots)].to(self.store.dtype)
         # Drawn on the CPU, for the same order on every device
         self.order = torch.randperm(len(self.store)).to(self.store.device)
@@ -298,7 +302,8 @@ class SparseAutoencoder(torch.nn.Module):
     it is in each x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty
     keeps f sparse. With k there is no penalty: the threshold is kept at such a height
     that, on average, k features per token are above it. (BatchTopK, Bussmann et al.
-    2024, is nearly the same: of a batch, it keeps the k * batch largest.)"""
+    2024, instead keeps the k * batch largest of each batch, and fixes a threshold only
+    after training.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -307,9 +312,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 of the decoder, transposed, so that x_hat begins near x.
-        # (For random directions d, (x @ d) * d is x / d_in on average. Half of 8 d_in
-        # features fire, so x_hat begins at 0.3 * 4 x. 0.25 trains as well; 1.0 does not.)
+        # The encoder begins as the decoder, transposed, but smaller: half of the features
+        # fire at first, and at 0.3 their sum is near x. (To be saved, it is contiguous.)
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
@@ -318,14 +322,14 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written so that it is faster to train. In the product, b_dec is a constant. If not,
-        # autograd would multiply [batch, d_sae] by W_enc.T, only to sum over the batch: one
-        # of the six large products of a step. `zero` has the value 0; through it b_dec gets
-        # the same gradient, for which one row is multiplied by W_enc.T.
+        # The same value and gradients as this formula, but a training step has five large
+        # products in place of six. For b_dec's gradient, autograd would multiply the whole
+        # batch, [batch, d_sae], by W_enc.T, and then sum. So `fixed` takes no gradient, and
+        # through `zero` (its value), b_dec gets it by one row times W_enc.T.
         # (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for x far from 0.)
-        b_dec = self.b_dec.detach()
-        zero = (b_dec - self.b_dec) @ self.W_enc  # [d_sae]
-        pre = (x - b_dec) @ self.W_enc  # [..., d_sae]
+        fixed = self.b_dec.detach()
+        zero = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
+        pre = (x - fixed) @ self.W_enc  # [..., d_sae]
         pre += self.b_enc + zero  # in place, to save a copy of [batch, d_sae]
         return pre
 
@@ -351,10 +355,10 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Before a training step: finds the value that, on average, k pre-activations per
-        token of x [n, d_in] lie above, and moves the threshold a tenth of the way to it,
-        since one batch is noisy. No gradient trains it. k: at first 8 * self.k, at last
-        self.k (see schedule)."""
+        """Before a training step: finds the threshold above which k features per token
+        of x [n, d_in] would fire on average, and moves a tenth of the way to it, since
+        one batch is noisy. No gradient trains it. (k may differ from self.k: train()
+        begins with 8 times as many.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
         target = target.clamp(min=0)  # so that f is never negative
@@ -374,17 +378,17 @@ class SparseAutoencoder(torch.nn.Module):
     def normalize(self):
         """After step(): even a step at a right angle would lengthen a row (Pythagoras).
         So all go back to length 1."""
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # not by 0
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # (never by 0)
 
 # ---- 6. Training ---------------------------------------------------------------------
 # Needs: torch, F, require.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's "Neuron Resampling", with one change: a dead feature is pointed at an
-    example's error x - x_hat, not at the example, most of which the others explain.
-    dead [d_sae], bool; x [n, d_in]: some thousands of examples."""
+    """The paper's "Neuron Resampling", but a dead feature is pointed at an example's
+    error x - x_hat, not at the example, most of which the living features explain. dead
+    [d_sae], bool; x [n, d_in]: some thousands of examples."""
     # Draw examples with a probability in proportion to the square of their loss. None is
-    # drawn twice, or a few with a huge loss would give many copies of the same feature.
+    # drawn twice: otherwise a few huge losses would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # [n], not 0, so that any can be drawn
@@ -395,11 +399,10 @@ def resample(sae, adam, dead, x):
 
     # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
     # others' mean length, as in the paper; with k all of it, to pass the threshold.
-    length = 1.0  # if there are no others
+    mean_length = 1.0  # if there are no others
     if not dead.all():
-        length = sae.W_enc[:, ~dead].norm(dim=0).mean()
-    if not sae.k:
-        length = 0.2 * length
+        mean_length = sae.W_enc[:, ~dead].norm(dim=0).mean()
+    length = mean_length if sae.k else 0.2 * mean_length
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = 0.0
@@ -414,14 +417,15 @@ def schedule(step, steps):
     """The factors for the learning rate, the L1 weight and k at this step"""
     progress = step / steps
 
-    # 1) The rate warms up over a twentieth of the run, while Adam's moments rest on few
-    #    gradients (+ 0.01, or step 0 would do nothing). It falls to 0 over the last fifth.
+    # 1) The rate warms up over a twentieth of the run, because Adam's averages are
+    #    unreliable after few gradients (+ 0.01, or step 0 would do nothing). It falls
+    #    to 0 over the last fifth.
     warm_up = min(1.0, 20 * progress + 0.01)
     decay = min(1.0, 5 * (1 - progress))
     lr_factor = warm_up * decay
 
-    # 2) Sparsity is phased in over half of the run, because a feature dies if it does
-    #    not find a use first: L1 grows from 0, and k falls from 8 times its value.
+    # 2) Sparsity is phased in over half of the run: L1 grows from 0, k falls from 8 times
+    #    its value. A feature that meets all of it before it has found a use dies.
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
@@ -432,7 +436,7 @@ def schedule(step, steps):
     return lr_factor, l1_factor, k_factor
 
 def train(cfg, sae, buffer):
-    """Trains `sae` in place, with checkpoints and train.jsonl in cfg.out -> steps done"""
+    """Trains `sae` in place; writes checkpoints and train.jsonl. Returns the steps done."""
     # spread: how far x typically is from its mean. (Median, because a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
@@ -445,11 +449,13 @@ def train(cfg, sae, buffer):
     # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
     # they are. So the biases' rate is in units of a typical entry of x - mean.
     bias_scale = spread / sae.d_in ** 0.5
-    # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
-    scales = [0.5 if sae.k else 1.0, 1.0, bias_scale]
-    groups = [{"params": [sae.W_enc]}, {"params": [sae.W_dec]},
-              {"params": [sae.b_enc, sae.b_dec]}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)  # as in the replication
+    # With k, W_enc has half the rate: far fewer features die. (Found by experiment; the
+    # betas are the first replication's.)
+    # ("scale" is a key of ours: at each step, a group's rate is lr times its scale.)
+    groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
+              {"params": [sae.W_dec], "scale": 1.0},
+              {"params": [sae.b_enc, sae.b_dec], "scale": bias_scale}]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
@@ -463,11 +469,11 @@ def train(cfg, sae, buffer):
     # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192
     # features. There is no theory behind them, except for spread in l1: if x is doubled,
     # the squared error is 4 times as large, and f 2 times, so l1 has to be doubled, too.
-    longer = max(1.0, cfg.steps / 1500)
-    lr = cfg.lr or 0.27 / sae.d_sae ** 0.5 / longer ** (1 / 3)
+    stretch = max(1.0, cfg.steps / 1500)  # 1 for short runs
+    lr = cfg.lr or 0.27 / (sae.d_sae ** 0.5 * stretch ** (1 / 3))
     l1 = cfg.l1
     if l1 is None:
-        l1 = 0.0 if sae.k else 0.07 * spread * longer ** (1 / 6)
+        l1 = 0.0 if sae.k else 0.07 * spread * stretch ** (1 / 6)
 
     # A feature that has been silent for a twentieth of the run counts as dead.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
@@ -482,8 +488,8 @@ def train(cfg, sae, buffer):
             # The batch, and the learning rates, L1 weight and k of this step.
             x = buffer.next()  # [batch, d_in]
             lr_factor, l1_factor, k_factor = schedule(step, cfg.steps)
-            for group, scale in zip(adam.param_groups, scales):
-                group["lr"] = lr * lr_factor * scale
+            for group in adam.param_groups:
+                group["lr"] = lr * lr_factor * group["scale"]
             if sae.k:
                 k = min(sae.d_sae, round(sae.k * k_factor))
                 sae.move_threshold(x[:128], k)  # 128 tokens are enough for an estimate
@@ -504,7 +510,8 @@ def train(cfg, sae, buffer):
             silent += 1
             silent[f.amax(dim=0) > 0] = 0  # those that fired on some x of this batch
             dead = silent >= patience  # [d_sae]
-            # Not near the end: a revived feature needs time to learn.
+            # Not near the end: a revived feature needs time to learn. (`silent` goes
+            # on: if it stays silent, it is revived again.)
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
@@ -531,10 +538,10 @@ def train(cfg, sae, buffer):
 def cross_entropy(model, hook, rows, replace):
     """The model's loss on rows [n, seq_len], in nats per token, with replace(act) in
     place of the activations at `hook`: act [n, seq_len - 1, d_in], float32, without BOS"""
-    def splice(act, hook):  # TransformerLens passes hook=..., not used here
-        bos, old = act[:, :1], act[:, 1:]
+    def splice(whole, hook):  # TransformerLens passes hook=..., not used here
+        bos, old = whole[:, :1], whole[:, 1:]
         new = replace(old.flatten(2).float())  # heads, if any, are concatenated
-        return torch.cat([bos, new.view_as(old).to(act.dtype)], dim=1)
+        return torch.cat([bos, new.view_as(old).to(whole.dtype)], dim=1)
 
     total = 0.0
     for tokens in tqdm(rows.split(16), "evaluating", leave=False):
@@ -583,7 +590,7 @@ def visible(tokenizer, tokens):
         pending.append(int(token))
         text = tokenizer.decode(pending)
         # It ends in \ufffd while the character is incomplete: wait for the next token.
-        # (But for three at most: a token has a byte or more, a character at most four.)
+        # (No longer than for a fourth: no character has more than four bytes.)
         if text.endswith("\ufffd") and len(pending) < 4:
             strings.append("…")
         else:
@@ -595,17 +602,16 @@ def visible(tokenizer, tokens):
 
 def logit_effect(model, hook, direction):
     """The logits [d_vocab] that the model would give if its residual stream held only what
-    `direction` [d_in] writes into it (the logit lens). Only their order means something.
+    `direction` [d_in] writes into it (the logit lens). Only their order has a meaning.
     None for hooks whose effect on the residual stream is not worked out here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # The final norm and the unembedding may add biases. Both rows contain the same, so
-    # subtracting removes them (and doubles the rest).
-    both = torch.stack([direction, -direction]).to(model.cfg.dtype)  # [2, d_model]
-    logits = model.unembed(model.ln_final(both)).float()  # [2, d_vocab]
+    # An empty residual stream gives the biases of the final norm and of the unembedding.
+    both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
+    logits = model.unembed(model.ln_final(both.to(model.cfg.dtype))).float()  # [2, d_vocab]
     return logits[0] - logits[1]
 
 def example(strings, f):
@@ -654,7 +660,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # (f of a silent feature is 0 times a negative number: -0.0)
+        most = abs(f_i.max())  # (silent: f is 0 times a negative number, -0.0)
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -689,24 +695,25 @@ def write(path, save):
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
-    # SAELens wants these keys. Most say that x and f are neither scaled nor reshaped;
-    # an SAE with thresholds is called jumprelu.
+    # SAELens wants these keys. Most say that x and f are neither scaled nor reshaped, as
+    # there they can be. An SAE with thresholds is called jumprelu.
     cfg = dict(
-        architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32",
-        device="cpu", apply_b_dec_to_input=True, normalize_activations="none",
-        reshape_activations="none", metadata=dict(sae_lens_version="6.0.0", **metadata))
+        architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k,
+        dtype="float32", device="cpu", apply_b_dec_to_input=True,
+        normalize_activations="none", reshape_activations="none",
+        metadata=dict(sae_lens_version="6.0.0", **metadata))
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    data = to_bytes(weights)  # (save_file would write a file that only its owner can read)
+    data = to_bytes(weights)  # (a file by save_file can be read by its owner alone)
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
 # What load_sae accepts in SAELens's cfg.json, because nothing else is computed here.
 SUPPORTED = dict(
-    architecture=("standard", "jumprelu"),  # a trained batchtopk is saved as jumprelu, too
+    architecture=("standard", "jumprelu"),  # jumprelu: a trained batchtopk, too
     normalize_activations=("none",),  # others scale x
     reshape_activations=("none",),  # others reshape x
     apply_b_dec_to_input=(True,),  # x - b_dec in the encoder
@@ -739,8 +746,8 @@ SparseAutoencoder.load = classmethod(load_sae)
 
 @torch.no_grad()
 def move_lengths(sae):
-    """Rows of a loaded W_dec may have any length. Divides each by its length, and
-    multiplies its f by it, so x_hat stays the same. (normalize alone would change it.)"""
+    """Rows of a loaded W_dec may have any length. Divides each by it. To make up for that,
+    the feature's f has to grow by it: so do its W_enc column, b_enc and threshold."""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights *= length
@@ -829,7 +836,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # where there is no █, print ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # not a bug of ours
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # most likely no bug
         message = " ".join(str(error).split())  # on one line
         print("sae.py:", message, file=sys.stderr)
         sys.exit(2)

@@ -851,8 +851,8 @@ def test_each_feature_has_its_frequency_its_tokens_and_its_five_strongest_rows(
 
     assert S.logit_effect(model, "blocks.1.attn.hook_z", W[0]) is None
     for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.0.hook_attn_out"):
-        for direction, effect in zip(W, effects):  # twice as large: only their order counts
-            torch.testing.assert_close(S.logit_effect(model, hook, direction), 2 * effect)
+        for direction, effect in zip(W, effects):
+            torch.testing.assert_close(S.logit_effect(model, hook, direction), effect)
     on_page = [line.rstrip() for line in html.unescape(re.sub("<[^>]*>", "", page)).splitlines()]
     peak_style = re.search(r"\.(r\d+) \{[^}]*background-color: #ff6934", page)[1]
     peaks = re.findall(rf'^(?:<[^>]*>)? *[\d.]+  .*?<span class="{peak_style}">(.*?)</span>', page,
