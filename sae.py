@@ -15,11 +15,11 @@ l0: how many features fire on a token, on average. fvu: the fraction of x's vari
 that x_hat misses. dead: the fraction of features that fire on none of the held-out
 tokens. decoder norms: the lengths of W_dec's rows, kept at 1.
 
-Sections 4 Activation buffer, 5 Autoencoder and 6 Training are the SAE itself. 1 Config,
-2 Data, 3 Language model feed it. 7 Evaluation and 8 Looking at features measure and
-show it. 9 Saving, loading, checks can be skipped at first. 10 runs it all. A class or
-function with a line "# Needs:" above it can be copied, with what that line lists.
-"""
+The SAE itself is in sections 4 (Activation buffer), 5 (Autoencoder), 6 (Training). 1
+(Config), 2 (Data), 3 (Language model) feed it. 7 (Evaluation) and 8 (Looking) measure
+and show it. 9 (Saving, loading, checks) can be skipped at first. 10 runs it all. A
+class or function with a line "# Needs:" above it can be copied, with what that line
+lists. """
 
 import glob
 import json
@@ -27,7 +27,6 @@ import math
 import os
 import sys
 import sysconfig
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -119,7 +118,7 @@ class Config:
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 def kind_of(file):
-    """The loader for a file, by its name: "json" for a.jsonl and a.jsonl.gz"""
+    """The loader for a file, by its name: "json" for data.jsonl and data.jsonl.gz"""
     for suffix in Path(file).suffixes:
         if suffix.lower() in TABLES:
             return TABLES[suffix.lower()]
@@ -139,16 +138,13 @@ def open_dataset(name):
         name, subset, split = (name.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
-    # In a folder, the data are the files of the kind with the most bytes. (Others are,
-    # for example, a README beside a table, or a package.json in source code.)
-    sizes = Counter()
-    for file in files:
-        sizes[kind_of(file)] += os.path.getsize(file)
-    kind = sizes.most_common(1)[0][0]
+    # Of several kinds, the one of the largest file is the data. (Others are, for
+    # example, a README beside a table, or a package.json in source code.)
+    kind = kind_of(max(files, key=os.path.getsize))
     options = {}
     if kind == "text":  # each file is an example
         options = dict(sample_by="document", encoding_errors="replace")
-    # Escaped once more, because load_dataset globs, too.
+    # load_dataset globs, too, so the files' names are escaped as well.
     files = [glob.escape(file) for file in files if kind_of(file) == kind]
     return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
@@ -156,8 +152,9 @@ def all_rows(dataset, tokenizer, seq_len):
     """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order
     each time (the seed of the shuffle is fixed), so that the same rows stay held out.
 
-    Texts follow one another, with EOS between them. Ready-made tokens are cut as in the
-    first replication: 1,024 into 8 rows of 128. BOS replaces the first token of each."""
+    Texts follow one another, with EOS between them, and BOS is put in front of each
+    row. Ready-made tokens are cut as in the first replication, 1,024 of them into 8
+    rows of 128, where BOS replaces the first token of each."""
     eos = tokenizer.eos_token_id
     require(eos is not None, "the tokenizer has no EOS")
     bos = tokenizer.bos_token_id
@@ -173,7 +170,7 @@ def all_rows(dataset, tokenizer, seq_len):
         if isinstance(text, str):
             # In parts, because a tokenizer takes nearly 200 times the memory of its text
             for start in range(0, len(text), 1_000_000):
-                # split_special_tokens: a text's <|endoftext|> remains plain characters.
+                # split_special_tokens: if a text says <|endoftext|>, that is not an EOS.
                 part = tokenizer(text[start:start + 1_000_000], add_special_tokens=False,
                                  split_special_tokens=True)
                 packed += part["input_ids"]
@@ -223,7 +220,7 @@ class Reached(Exception):
 @torch.no_grad()
 def get_activations(model, hook, tokens):
     """tokens [n, seq_len] -> what is at `hook`: [n, seq_len, d_in], float32"""
-    def stop(act, hook):  # TransformerLens passes hook=..., not used here
+    def stop(act, **_):  # TransformerLens also passes hook=...
         raise Reached(act)
 
     try:
@@ -257,10 +254,10 @@ class ActivationBuffer:
         # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves: to shuffle it would take twice its memory. Instead,
-        # `order` is a shuffled list of its positions, and next() works through that. Say
-        # order is 5 2 7 0 3 1 6 4, and served is 4: positions 5 2 7 0 may be overwritten, 3
-        # is next. At the start all count as served: the first next() fills them.
+        # Shuffling `store` would take twice its memory, so nothing in it ever moves. `order`
+        # is a shuffled list of its positions, and next() works through that. Say order is
+        # 5 2 7 0 3 1 6 4, and served is 4: positions 5 2 7 0 may be overwritten, 3 is next.
+        # At the start all count as served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -269,9 +266,9 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        # 64 rows per forward pass, to bound the language model's memory. slots [n]: the
-        # positions in store that they fill.
-        for slots in self.order[:self.served].split(64 * self.per_row):
+        to_fill = self.order[:self.served]  # [n], positions already served
+        # 64 rows per forward pass, to bound the language model's memory
+        for slots in to_fill.split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.activations_of(tokens)  # [n_rows, seq_len, d_in]
@@ -312,25 +309,26 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as the decoder, transposed, but smaller: half of the features
-        # fire at first, and at 0.3 their sum is near x. (To be saved, it is contiguous.)
+        # The encoder begins as the decoder, transposed, but smaller: half of the
+        # features fire at first, and at 0.3 their sum is near x (1.2 x, if d_sae is 8
+        # d_in). safetensors wants it contiguous.
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One per feature, as in SAELens. Here all are equal, unless loaded.
+        # One for each feature. Trained here, all are equal; in a loaded SAE they may differ.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The same value and gradients as this formula, but a training step has five large
-        # products in place of six. For b_dec's gradient, autograd would multiply the whole
-        # batch, [batch, d_sae], by W_enc.T, and then sum. So `fixed` takes no gradient, and
-        # through `zero` (its value), b_dec gets it by one row times W_enc.T.
-        # (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for x far from 0.)
+        # The value and the gradients are this formula's, but a training step has five large
+        # products and not six: x @ W_enc and f @ W_dec, and backward, one each for W_enc,
+        # W_dec and f. The sixth would be for b_dec alone, and then be summed over the batch.
+        # Here b_dec gets its gradient through no_shift, whose value is 0, as one row, summed
+        # first. (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for x far from 0.)
         fixed = self.b_dec.detach()
-        zero = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
+        no_shift = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - fixed) @ self.W_enc  # [..., d_sae]
-        pre += self.b_enc + zero  # in place, to save a copy of [batch, d_sae]
+        pre += self.b_enc + no_shift  # in place, to save a copy of [batch, d_sae]
         return pre
 
     def encode(self, x):
@@ -391,14 +389,14 @@ def resample(sae, adam, dead, x):
     # drawn twice: otherwise a few huge losses would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2) + 1e-30  # [n], not 0, so that any can be drawn
+    weight = loss.pow(2) + 1e-30  # [n]; multinomial draws none with weight 0
     require(weight.sum().isfinite(), "the loss is not finite; lower --lr, or --l1")
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
     drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
-    # Decoder and encoder both point at what was missing. The encoder has 0.2 of the
-    # others' mean length, as in the paper; with k all of it, to pass the threshold.
+    # Decoder and encoder both point at what was missing. The encoder has 0.2 of the others'
+    # mean length, as in the paper; with k it has all of it, or it would not fire.
     mean_length = 1.0  # if there are no others
     if not dead.all():
         mean_length = sae.W_enc[:, ~dead].norm(dim=0).mean()
@@ -424,8 +422,8 @@ def schedule(step, steps):
     decay = min(1.0, 5 * (1 - progress))
     lr_factor = warm_up * decay
 
-    # 2) Sparsity is phased in over half of the run: L1 grows from 0, k falls from 8 times
-    #    its value. A feature that meets all of it before it has found a use dies.
+    # 2) At full sparsity from the start, features would die before they have found a use.
+    #    So over half of the run, L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
@@ -449,20 +447,20 @@ def train(cfg, sae, buffer):
     # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
     # they are. So the biases' rate is in units of a typical entry of x - mean.
     bias_scale = spread / sae.d_in ** 0.5
-    # With k, W_enc has half the rate: far fewer features die. (Found by experiment; the
-    # betas are the first replication's.)
+    # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
     # ("scale" is a key of ours: at each step, a group's rate is lr times its scale.)
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "scale": bias_scale}]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    betas = (0.9, 0.99)  # as in the first replication
+    adam = torch.optim.Adam(groups, betas=betas, fused=True)  # fused: faster
 
     # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
     done = 0
     if cfg.resume:
         done = load_checkpoint(cfg, sae, adam, buffer)
     elif cfg.load:
-        move_lengths(sae)  # rows of its W_dec may have other lengths than 1
+        make_rows_unit(sae)  # with the same x_hat
     else:
         sae.b_dec.data = x.mean(0)
 
@@ -510,8 +508,8 @@ def train(cfg, sae, buffer):
             silent += 1
             silent[f.amax(dim=0) > 0] = 0  # those that fired on some x of this batch
             dead = silent >= patience  # [d_sae]
-            # Not near the end: a revived feature needs time to learn. (`silent` goes
-            # on: if it stays silent, it is revived again.)
+            # Not near the end: a revived feature needs time to learn. (resample leaves
+            # `silent` as it is: one that still never fires is revived again.)
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
@@ -538,7 +536,7 @@ def train(cfg, sae, buffer):
 def cross_entropy(model, hook, rows, replace):
     """The model's loss on rows [n, seq_len], in nats per token, with replace(act) in
     place of the activations at `hook`: act [n, seq_len - 1, d_in], float32, without BOS"""
-    def splice(whole, hook):  # TransformerLens passes hook=..., not used here
+    def splice(whole, **_):  # TransformerLens also passes hook=...
         bos, old = whole[:, :1], whole[:, 1:]
         new = replace(old.flatten(2).float())  # heads, if any, are concatenated
         return torch.cat([bos, new.view_as(old).to(whole.dtype)], dim=1)
@@ -590,7 +588,7 @@ def visible(tokenizer, tokens):
         pending.append(int(token))
         text = tokenizer.decode(pending)
         # It ends in \ufffd while the character is incomplete: wait for the next token.
-        # (No longer than for a fourth: no character has more than four bytes.)
+        # (For four tokens at most, since a character has at most four bytes.)
         if text.endswith("\ufffd") and len(pending) < 4:
             strings.append("…")
         else:
@@ -601,15 +599,16 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [d_vocab] that the model would give if its residual stream held only what
-    `direction` [d_in] writes into it (the logit lens). Only their order has a meaning.
-    None for hooks whose effect on the residual stream is not worked out here."""
+    """The logits [d_vocab] that the model would give if its residual stream held only
+    what `direction` [d_in] writes into it (the logit lens). The final norm brings all
+    directions to one length, so only the order of the logits has a meaning. None for
+    hooks whose effect on the residual stream is not worked out here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # An empty residual stream gives the biases of the final norm and of the unembedding.
+    # Biases add the same logits to every direction. Zeros give these alone: subtracted.
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
     logits = model.unembed(model.ln_final(both.to(model.cfg.dtype))).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -660,7 +659,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # (silent: f is 0 times a negative number, -0.0)
+        most = abs(f_i.max())  # abs: f of a silent feature may be -0.0
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -690,13 +689,13 @@ def write(path, save):
         save(part)
         os.replace(part, path)
 
-# The class's methods save and load are written here, so that section 5 holds the
-# mathematics alone. (`cls` is SparseAutoencoder.)
+# SparseAutoencoder's methods save and load are written here, and attached to it below,
+# so that section 5 holds the mathematics alone.
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
-    # SAELens wants these keys. Most say that x and f are neither scaled nor reshaped, as
-    # there they can be. An SAE with thresholds is called jumprelu.
+    # SAELens wants these keys; the version is that of its format. It can also scale and
+    # reshape x: most keys say that this is not done. With thresholds it is a "jumprelu".
     cfg = dict(
         architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k,
         dtype="float32", device="cpu", apply_b_dec_to_input=True,
@@ -707,13 +706,13 @@ def save_sae(sae, folder, **metadata):
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    data = to_bytes(weights)  # (a file by save_file can be read by its owner alone)
+    data = to_bytes(weights)  # (other users could not read a file made by save_file)
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
 # What load_sae accepts in SAELens's cfg.json, because nothing else is computed here.
 SUPPORTED = dict(
-    architecture=("standard", "jumprelu"),  # jumprelu: a trained batchtopk, too
+    architecture=("standard", "jumprelu"),  # SAELens saves a batchtopk as jumprelu
     normalize_activations=("none",),  # others scale x
     reshape_activations=("none",),  # others reshape x
     apply_b_dec_to_input=(True,),  # x - b_dec in the encoder
@@ -745,9 +744,9 @@ SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
 @torch.no_grad()
-def move_lengths(sae):
-    """Rows of a loaded W_dec may have any length. Divides each by it. To make up for that,
-    the feature's f has to grow by it: so do its W_enc column, b_enc and threshold."""
+def make_rows_unit(sae):
+    """Rows of a loaded W_dec may have any length. Divides each by its length, and
+    multiplies the feature's W_enc column, b_enc and threshold by it: same x_hat."""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
     for weights in (sae.W_enc, sae.b_enc, sae.threshold):
         weights *= length
@@ -776,7 +775,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
 
 def check_model(cfg, model, rows):
     near = get_close_matches(cfg.hook, model.hook_dict, n=3, cutoff=0)
-    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: none; near it are {near}")
+    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: there is none, but {near}")
     require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
     known = 0 <= rows.min() and rows.max() < model.cfg.d_vocab
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
@@ -836,7 +835,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # where there is no █, print ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:  # most likely no bug
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split())  # on one line
         print("sae.py:", message, file=sys.stderr)
         sys.exit(2)

@@ -939,7 +939,7 @@ def test_the_buffer_can_be_lifted_out_and_keeps_no_graph():
     assert no_graph(buffer.next(), *(t for t in vars(buffer).values() if torch.is_tensor(t)))
 
 def test_token_rows_can_be_lifted_out(home, tokenizer):
-    token_rows = lifted("token_rows", "glob", "os", "sysconfig", "Counter", "Path", "TABLES",
+    token_rows = lifted("token_rows", "glob", "os", "sysconfig", "Path", "TABLES",
                         "load_dataset", "contextmanager", "require", "blame", "kind_of",
                         "open_dataset", "all_rows")
     data = (f"{home}/*.txt", tokenizer)
