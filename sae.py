@@ -189,6 +189,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
     while True:  # a pass over the data
         n_rows = 0
+        # Catches errors in reading, not those of whoever uses the rows.
         with blame(f"--dataset {dataset}"):
             for row in all_rows(dataset, tokenizer, seq_len):
                 n_rows += 1
@@ -227,7 +228,7 @@ def get_activations(model, hook, tokens):
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
     except Reached as reached:
         act = reached.args[0]
-    else:
+    else:  # stop was never called
         raise ValueError(f"--hook {hook} is not reached by the forward pass")
     if act.dim() < 3 or act.shape[:2] != tokens.shape:
         raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
@@ -309,22 +310,22 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as the decoder, transposed, but smaller: half of the
-        # features fire at first, and at 0.3 their sum is near x (1.2 x, if d_sae is 8
-        # d_in). safetensors wants it contiguous.
+        # The encoder begins as the decoder, transposed, times 0.3, so that x_hat begins near
+        # x: random directions together give about d_sae / d_in times x, and half of them fire,
+        # so with 8 d_in features it is 8 / 2 * 0.3 = 1.2 x. (safetensors wants contiguous.)
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One for each feature. Trained here, all are equal; in a loaded SAE they may differ.
+        # One for each feature. Trained here, all are equal. In a loaded SAE they may differ.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # The value and the gradients are this formula's, but a training step has five large
-        # products and not six: x @ W_enc and f @ W_dec, and backward, one each for W_enc,
-        # W_dec and f. The sixth would be for b_dec alone, and then be summed over the batch.
-        # Here b_dec gets its gradient through no_shift, whose value is 0, as one row, summed
-        # first. (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for x far from 0.)
+        # Plainly: (x - self.b_dec) @ self.W_enc + self.b_enc. But then autograd multiplies
+        # [batch, d_sae] by W_enc.T only to sum over the batch, for b_dec's gradient: one of
+        # the six large products of a training step. With no_shift, whose value is 0, it sums
+        # first, and multiplies one row. (W_enc gets nothing from there: its factor, fixed -
+        # b_dec, is 0. x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for large x.)
         fixed = self.b_dec.detach()
         no_shift = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - fixed) @ self.W_enc  # [..., d_sae]
@@ -608,7 +609,8 @@ def logit_effect(model, hook, direction):
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
     elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
         return None
-    # Biases add the same logits to every direction. Zeros give these alone: subtracted.
+    # The biases of ln_final and unembed add the same logits, whatever the direction.
+    # Zeros give just these, so they are subtracted.
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
     logits = model.unembed(model.ln_final(both.to(model.cfg.dtype))).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -694,19 +696,19 @@ def write(path, save):
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
-    # SAELens wants these keys; the version is that of its format. It can also scale and
-    # reshape x: most keys say that this is not done. With thresholds it is a "jumprelu".
-    cfg = dict(
-        architecture="jumprelu", d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k,
-        dtype="float32", device="cpu", apply_b_dec_to_input=True,
-        normalize_activations="none", reshape_activations="none",
-        metadata=dict(sae_lens_version="6.0.0", **metadata))
+    cfg = dict(  # the keys that SAELens wants
+        architecture="jumprelu",  # its name for an SAE with thresholds
+        d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu",
+        apply_b_dec_to_input=True,  # the encoder reads x - b_dec
+        normalize_activations="none",  # x is not scaled
+        reshape_activations="none",  # nor reshaped
+        metadata=dict(sae_lens_version="6.0.0", **metadata))  # of the format
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    data = to_bytes(weights)  # (other users could not read a file made by save_file)
+    data = to_bytes(weights)  # (a file of save_file's has permissions for its owner only)
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
@@ -734,10 +736,11 @@ def load_sae(cls, source):
             found = cfg.get(name)
             require(found in (None, *values), f"{name} {found} is not read here, only "
                     f"{' or '.join(map(str, values))}; try SAELens")
-        sae = cls(*weights["W_enc"].shape, cfg.get("k"))
-        # A file of a ReLU SAE has no threshold: it stays 0.
-        sae.load_state_dict({"threshold": sae.threshold, **weights})
-        sae.threshold.clamp_(min=0)  # SAELens applies a ReLU as well: below 0 is like 0
+        d_in, d_sae = weights["W_enc"].shape
+        sae = cls(d_in, d_sae, cfg.get("k"))
+        weights.setdefault("threshold", sae.threshold)  # a ReLU SAE has none: 0
+        sae.load_state_dict(weights)
+        sae.threshold.clamp_(min=0)  # a threshold below 0 acts like 0 there
         return sae
 
 SparseAutoencoder.save = save_sae
@@ -748,8 +751,9 @@ def make_rows_unit(sae):
     """Rows of a loaded W_dec may have any length. Divides each by its length, and
     multiplies the feature's W_enc column, b_enc and threshold by it: same x_hat."""
     length = sae.W_dec.norm(dim=-1)  # [d_sae]
-    for weights in (sae.W_enc, sae.b_enc, sae.threshold):
-        weights *= length
+    sae.W_enc *= length  # column i by length[i]
+    sae.b_enc *= length
+    sae.threshold *= length
     sae.normalize()
 
 def save_checkpoint(cfg, sae, adam, done):
@@ -767,7 +771,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         require(state["flags"] == flags, f"it is of {state['flags']}, not of {flags}")
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # Skip as many rows as the interrupted run used (roughly: resample used some more).
+    # Skip as many rows as the interrupted run used (roughly: resample used some more.
+    # And the buffer has been filled already, with the first rows once more).
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
@@ -775,7 +780,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
 
 def check_model(cfg, model, rows):
     near = get_close_matches(cfg.hook, model.hook_dict, n=3, cutoff=0)
-    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: there is none, but {near}")
+    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: no such hook, but {near}")
     require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
     known = 0 <= rows.min() and rows.max() < model.cfg.d_vocab
     require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
