@@ -708,7 +708,7 @@ def save_sae(sae, folder, **metadata):
         cfg["architecture"] = "standard"
         del weights["threshold"]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    data = to_bytes(weights)  # (a file of save_file's has permissions for its owner only)
+    data = to_bytes(weights)  # (save_file makes files that only their owner may read)
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
@@ -740,7 +740,7 @@ def load_sae(cls, source):
         sae = cls(d_in, d_sae, cfg.get("k"))
         weights.setdefault("threshold", sae.threshold)  # a ReLU SAE has none: 0
         sae.load_state_dict(weights)
-        sae.threshold.clamp_(min=0)  # a threshold below 0 acts like 0 there
+        sae.threshold.clamp_(min=0)  # in SAELens, one below 0 acts like 0
         return sae
 
 SparseAutoencoder.save = save_sae
