@@ -15,11 +15,14 @@ l0: how many features fire on a token, on average. fvu: the fraction of x's vari
 that x_hat misses. dead: the fraction of features that fire on none of the held-out
 tokens. decoder norms: the lengths of W_dec's rows, kept at 1.
 
-The SAE itself is in sections 4 (Activation buffer), 5 (Autoencoder), 6 (Training). 1
-(Config), 2 (Data), 3 (Language model) feed it. 7 (Evaluation) and 8 (Looking) measure
-and show it. 9 (Saving, loading, checks) can be skipped at first. 10 runs it all. A
-class or function with a line "# Needs:" above it can be copied, with what that line
-lists. """
+The SAE itself: sections 4 Activation buffer, 5 Autoencoder, 6 Training.
+What feeds it: 1 Config, 2 Data, 3 Language model.
+What measures, shows and keeps it: 7 Evaluation, 8 Looking at features, 9 Saving, loading,
+checks (skip it at first), 10 All of it, in order.
+
+A class or function with a line "# Needs:" above it can be copied, with what that line
+lists.
+"""
 
 import glob
 import json
@@ -321,11 +324,11 @@ class SparseAutoencoder(torch.nn.Module):
 
     def pre_activations(self, x):
         """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Plainly: (x - self.b_dec) @ self.W_enc + self.b_enc. But then autograd multiplies
-        # [batch, d_sae] by W_enc.T only to sum over the batch, for b_dec's gradient: one of
-        # the six large products of a training step. With no_shift, whose value is 0, it sums
-        # first, and multiplies one row. (W_enc gets nothing from there: its factor, fixed -
-        # b_dec, is 0. x @ W_enc - b_dec @ W_enc would do, too, but rounds badly for large x.)
+        # Written just like that, autograd would multiply [batch, d_sae] by W_enc.T only to sum
+        # over the batch, for the gradient of b_dec: one of the six large products of a
+        # training step. With no_shift, whose value is 0, it sums first, and multiplies one
+        # row. (W_enc gets nothing from there: its factor, fixed - b_dec, is 0.)
+        # x @ W_enc - b_dec @ W_enc would do, too, but rounds badly where x is large.
         fixed = self.b_dec.detach()
         no_shift = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - fixed) @ self.W_enc  # [..., d_sae]
@@ -377,15 +380,16 @@ class SparseAutoencoder(torch.nn.Module):
     def normalize(self):
         """After step(): even a step at a right angle would lengthen a row (Pythagoras).
         So all go back to length 1."""
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # (never by 0)
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # never by 0
 
 # ---- 6. Training ---------------------------------------------------------------------
 # Needs: torch, F, require.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's "Neuron Resampling", but a dead feature is pointed at an example's
-    error x - x_hat, not at the example, most of which the living features explain. dead
-    [d_sae], bool; x [n, d_in]: some thousands of examples."""
+    """The paper's "Neuron Resampling", but a dead feature is pointed at an example's error
+    x - x_hat, not at the example, most of which the living features explain.
+
+    dead: [d_sae], bool. x: [n, d_in], some thousands of examples."""
     # Draw examples with a probability in proportion to the square of their loss. None is
     # drawn twice: otherwise a few huge losses would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
@@ -809,8 +813,8 @@ def run(cfg):
 
     # The language model, and the rows that are held out.
     model = load_model(cfg.model, device)
-    held_out = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
-    rows = torch.tensor(list(islice(held_out, cfg.held_out)), device=device)  # [n, seq_len]
+    set_aside = token_rows(cfg.dataset, model.tokenizer, cfg.seq_len, held_out=True)
+    rows = torch.tensor(list(islice(set_aside, cfg.held_out)), device=device)  # [n, seq_len]
     check_model(cfg, model, rows)
 
     # A buffer of activations of the other rows, and the autoencoder.

@@ -604,7 +604,7 @@ def test_ctrl_c_keeps_what_there_is(k, tmp_path):
     assert read_json(tmp_path, "cfg.json")["k"] == k, "and not what it was inflated to by then"
 
 @pytest.mark.parametrize("flags", [("--lr", 1e10), ("--k", 4, "--lr", 1e10)])
-def test_a_run_that_diverges_before_it_resamples_gets_one_line_too(flags, refused):
+def test_a_run_that_diverges_before_its_first_save_gets_one_line_too(flags, refused):
     assert "lower --lr" in refused("--steps", 40, *flags)
 
 def test_data_that_breaks_off_leaves_the_last_checkpoint(tmp_path):
