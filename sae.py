@@ -15,13 +15,10 @@ l0: how many features fire on a token, on average. fvu: the fraction of x's vari
 that x_hat misses. dead: the fraction of features that fire on none of the held-out
 tokens. decoder norms: the lengths of W_dec's rows, kept at 1.
 
-The SAE itself: sections 4 Activation buffer, 5 Autoencoder, 6 Training.
-What feeds it: 1 Config, 2 Data, 3 Language model.
-What measures, shows and keeps it: 7 Evaluation, 8 Looking at features, 9 Saving, loading,
-checks (skip it at first), 10 All of it, in order.
-
-A class or function with a line "# Needs:" above it can be copied, with what that line
-lists.
+The SAE itself: 4 Activation buffer, 5 Autoencoder, 6 Training. What feeds it: 1 Config,
+2 Data, 3 Language model. What measures, shows and keeps it: 7 Evaluation, 8 Looking at
+features, 9 Saving, loading, checks (skip it at first), 10 All of it, in order. A class
+or function with a line "# Needs:" above it can be copied, with what that line lists.
 """
 
 import glob
@@ -34,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from io import StringIO
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -50,13 +47,6 @@ from tqdm import tqdm
 # TransformerBridge wraps a model. Each of its activations has a name, by which a hook
 # can read or replace it.
 from transformer_lens.model_bridge import TransformerBridge
-
-# Two helpers for error messages
-
-def require(condition, message):
-    """For a user's mistakes: main() prints the message, without a traceback."""
-    if not condition:
-        raise ValueError(message)
 
 @contextmanager
 def blame(what):
@@ -98,15 +88,12 @@ class Config:
     def __post_init__(self):
         # Numbers have to be above 0; three may also be 0.
         for name, value in vars(self).items():
-            if type(value) in (int, float):  # not bool
-                may_be_0 = name in ("steps", "l1", "seed")
-                in_range = 0 < value < math.inf or (value == 0 and may_be_0)
-                require(in_range, f"--{name.replace('_', '-')} cannot be {value}")
-        require(self.seq_len > 1, "--seq-len 1 leaves no token but BOS")
-        require(self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load")
+            if type(value) in (int, float) and name not in ("steps", "l1", "seed"):
+                assert 0 < value < math.inf, f"--{name.replace('_', '-')} cannot be {value}"
+        assert self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load"
 
         # Defaults that follow from other flags.
-        if self.load in PUBLISHED and self.model == "tiny-1l":
+        if self.load in PUBLISHED:
             self.model = "gelu-1l"
         usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or usual.get(self.model, "monology/pile-uncopyrighted")
@@ -120,87 +107,68 @@ class Config:
 # ---- 2. Data: rows of tokens, from text or from ready-made tokens --------------------
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-def kind_of(file):
-    """The loader for a file, by its name: "json" for data.jsonl and data.jsonl.gz"""
-    for suffix in Path(file).suffixes:
-        if suffix.lower() in TABLES:
-            return TABLES[suffix.lower()]
-    return "text"
-
 def open_dataset(name):
     """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
-    name = os.path.expanduser(name)
     if name == "stdlib":  # the source of Python's own library, which everybody has
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
-        name = glob.escape(name) + "/**"  # escaped, in case its name has a [ or *
-    elif os.path.isfile(name):
-        name = glob.escape(name)
+        name += "/**"
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
     if not files:  # a name on the Hub: "a:b" -> "a", "b", ""
         name, subset, split = (name.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
-    # Of several kinds, the one of the largest file is the data. (Others are, for
-    # example, a README beside a table, or a package.json in source code.)
-    kind = kind_of(max(files, key=os.path.getsize))
+    suffixes = {Path(file.removesuffix(".gz")).suffix for file in files}
+    kinds = {TABLES.get(suffix, "text") for suffix in suffixes}
+    assert len(kinds) == 1, f"it holds {suffixes}: choose, as in 'folder/*.txt'"
+    kind = kinds.pop()
     options = {}
     if kind == "text":  # each file is an example
         options = dict(sample_by="document", encoding_errors="replace")
-    # load_dataset globs, too, so the files' names are escaped as well.
-    files = [glob.escape(file) for file in files if kind_of(file) == kind]
     return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
-def all_rows(dataset, tokenizer, seq_len):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, in the same order
-    each time (the seed of the shuffle is fixed), so that the same rows stay held out.
-
-    Texts follow one another, with EOS between them, and BOS is put in front of each
-    row. Ready-made tokens are cut as in the first replication, 1,024 of them into 8
-    rows of 128, where BOS replaces the first token of each."""
-    eos = tokenizer.eos_token_id
-    require(eos is not None, "the tokenizer has no EOS")
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        bos = eos
-    per_row = seq_len - 1  # tokens beside BOS
-    packed = []
+def all_tokens(dataset, tokenizer):
+    """Yields the tokens of all examples, with EOS after each, in the same order each time
+    (the seed of the shuffle is fixed), so that the same rows stay held out."""
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         found = {"text", "tokens", "input_ids"}.intersection(example)
-        require(found, f"no column text or tokens, but {list(example)}")
+        assert found, f"no column text or tokens, but {list(example)}"
         text = example.get("text")
-        tokens = example.get("tokens") or example.get("input_ids")
-        if isinstance(text, str):
-            # In parts, because a tokenizer takes nearly 200 times the memory of its text
+        tokens = example.get("tokens") or example.get("input_ids")  # ready-made
+        if text:
+            # In parts, because a tokenizer takes nearly 200 times the memory of its text.
+            # (split_special_tokens: if a text says <|endoftext|>, that is not an EOS.)
             for start in range(0, len(text), 1_000_000):
-                # split_special_tokens: if a text says <|endoftext|>, that is not an EOS.
                 part = tokenizer(text[start:start + 1_000_000], add_special_tokens=False,
                                  split_special_tokens=True)
-                packed += part["input_ids"]
-                end = len(packed) // per_row * per_row
-                for i in range(0, end, per_row):
-                    yield [bos] + packed[i:i + per_row]
-                packed = packed[end:]  # less than a row: it waits for more
-            packed.append(eos)
-        elif isinstance(tokens, list):
-            tokens = [int(token) for token in tokens]  # an error if they are words, not ids
-            for i in range(0, len(tokens) - seq_len + 1, seq_len):
-                yield [bos] + tokens[i + 1:i + seq_len]  # BOS replaces tokens[i]
+                yield from part["input_ids"]
+            yield tokenizer.eos_token_id
+        elif tokens:
+            if tokens[0] == tokenizer.bos_token_id:
+                tokens = tokens[1:]  # each row will get its own
+            yield from map(int, tokens)  # an error if they are words, not ids
+            yield tokenizer.eos_token_id
 
-# Needs: all of section 2, require, blame, and their imports.
+# Needs: all of section 2, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
-    """Yields rows to train on, endlessly; with held_out, every 32nd row instead, once."""
+    """Yields rows of tokens, lists [seq_len] that begin with BOS, to train on, endlessly;
+    with held_out, every 32nd row instead, once."""
+    eos = tokenizer.eos_token_id
+    assert eos is not None, "the tokenizer has no EOS"
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     while True:  # a pass over the data
-        n_rows = 0
         # Catches errors in reading, not those of whoever uses the rows.
         with blame(f"--dataset {dataset}"):
-            for row in all_rows(dataset, tokenizer, seq_len):
-                n_rows += 1
-                is_held_out = n_rows % 32 == 1  # the 1st, 33rd, 65th, ... row
+            tokens = all_tokens(dataset, tokenizer)
+            for n_rows in count():
+                row = [bos, *islice(tokens, seq_len - 1)]
+                if len(row) < seq_len:
+                    break  # the data have ended
+                is_held_out = n_rows % 32 == 0  # the 1st, 33rd, 65th, ... row
                 if held_out == is_held_out:
                     yield row
             # The 1st row is held out, so there has to be a 2nd to train on.
-            require(n_rows > 1, "too short to make rows of, or empty")
+            assert n_rows > 1, "too short to make rows of, or empty"
         if held_out:
             return
 
@@ -214,7 +182,7 @@ def load_model(name, device="cpu"):
         boot = TransformerBridge.boot_tl_legacy  # a checkpoint of an early TransformerLens
     elif name == "tiny-1l":
         name = str(Path(__file__).parent / "assets" / "tiny-1l")
-        require(os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another")
+        assert os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another"
     return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
 
 class Reached(Exception):
@@ -229,12 +197,11 @@ def get_activations(model, hook, tokens):
 
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
+        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
-    else:  # stop was never called
-        raise ValueError(f"--hook {hook} is not reached by the forward pass")
-    if act.dim() < 3 or act.shape[:2] != tokens.shape:
-        raise ValueError(f"--hook {hook}: {list(act.shape)} is not a vector for each token")
+    fits = act.dim() > 2 and act.shape[:2] == tokens.shape
+    assert fits, f"--hook {hook}: {list(act.shape)} is not a vector for each token"
     return act.flatten(2).float()  # attention heads, if any, are concatenated
 
 # ---- 4. The activation buffer --------------------------------------------------------
@@ -302,9 +269,8 @@ class SparseAutoencoder(torch.nn.Module):
     Row i of W_dec, of length 1, is the direction of feature i; f[:, i] says how much of
     it is in each x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty
     keeps f sparse. With k there is no penalty: the threshold is kept at such a height
-    that, on average, k features per token are above it. (BatchTopK, Bussmann et al.
-    2024, instead keeps the k * batch largest of each batch, and fixes a threshold only
-    after training.)"""
+    that, on average, k features per token are above it. (As in BatchTopK, Bussmann et
+    al. 2024, which fixes its threshold only after training.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -319,7 +285,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        # One for each feature. Trained here, all are equal. In a loaded SAE they may differ.
+        # Trained here, all thresholds are equal. In a loaded SAE they may differ.
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
@@ -327,8 +293,7 @@ class SparseAutoencoder(torch.nn.Module):
         # Written just like that, autograd would multiply [batch, d_sae] by W_enc.T only to sum
         # over the batch, for the gradient of b_dec: one of the six large products of a
         # training step. With no_shift, whose value is 0, it sums first, and multiplies one
-        # row. (W_enc gets nothing from there: its factor, fixed - b_dec, is 0.)
-        # x @ W_enc - b_dec @ W_enc would do, too, but rounds badly where x is large.
+        # row. (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly where x is large.)
         fixed = self.b_dec.detach()
         no_shift = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
         pre = (x - fixed) @ self.W_enc  # [..., d_sae]
@@ -359,8 +324,7 @@ class SparseAutoencoder(torch.nn.Module):
     def move_threshold(self, x, k):
         """Before a training step: finds the threshold above which k features per token
         of x [n, d_in] would fire on average, and moves a tenth of the way to it, since
-        one batch is noisy. No gradient trains it. (k may differ from self.k: train()
-        begins with 8 times as many.)"""
+        one batch is noisy. No gradient trains it. (k: here, train() begins with 8 k.)"""
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
         target = target.clamp(min=0)  # so that f is never negative
@@ -383,7 +347,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # never by 0
 
 # ---- 6. Training ---------------------------------------------------------------------
-# Needs: torch, F, require.
+# Needs: torch, F.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
     """The paper's "Neuron Resampling", but a dead feature is pointed at an example's error
@@ -395,17 +359,16 @@ def resample(sae, adam, dead, x):
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     weight = loss.pow(2) + 1e-30  # [n]; multinomial draws none with weight 0
-    require(weight.sum().isfinite(), "the loss is not finite; lower --lr, or --l1")
+    assert weight.sum().isfinite(), "the loss is not finite; lower --lr, or --l1"
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
     drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
 
     # Decoder and encoder both point at what was missing. The encoder has 0.2 of the others'
     # mean length, as in the paper; with k it has all of it, or it would not fire.
-    mean_length = 1.0  # if there are no others
-    if not dead.all():
-        mean_length = sae.W_enc[:, ~dead].norm(dim=0).mean()
-    length = mean_length if sae.k else 0.2 * mean_length
+    length = sae.W_enc[:, ~dead].norm(dim=0).mean().nan_to_num(1.0)  # 1 if all are dead
+    if not sae.k:
+        length *= 0.2
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = 0.0
@@ -444,29 +407,26 @@ def train(cfg, sae, buffer):
     x = buffer.next()  # [batch, d_in]
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     # A hook may be constant (then spread is a rounding error), or overflow (nan, inf).
-    typical = x.norm(dim=-1).median().item()
-    usable = math.isfinite(spread) and spread > 1e-5 * typical
-    require(usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike")
+    usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
+    assert usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike"
 
     # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
     # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
     # they are. So the biases' rate is in units of a typical entry of x - mean.
     bias_scale = spread / sae.d_in ** 0.5
     # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
-    # ("scale" is a key of ours: at each step, a group's rate is lr times its scale.)
+    # "scale" is a key of ours: at each step, a group's rate is lr times its scale.
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "scale": bias_scale}]
-    betas = (0.9, 0.99)  # as in the first replication
-    adam = torch.optim.Adam(groups, betas=betas, fused=True)  # fused: faster
+    # (betas: as in the first replication. fused: faster.)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
-    # Start from a checkpoint, from a loaded SAE, or with b_dec at the mean of x.
+    # b_dec starts at the mean of x, if this is not to go on from another SAE.
     done = 0
     if cfg.resume:
         done = load_checkpoint(cfg, sae, adam, buffer)
-    elif cfg.load:
-        make_rows_unit(sae)  # with the same x_hat
-    else:
+    elif not cfg.load:
         sae.b_dec.data = x.mean(0)
 
     # Defaults, fitted by hand to runs of 600 to 12,000 steps and 2,048 to 8,192
@@ -482,8 +442,7 @@ def train(cfg, sae, buffer):
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
     patience = max(10, cfg.steps // 20)
 
-    mode = "a" if cfg.resume else "w"
-    log = open(Path(cfg.out, "train.jsonl"), mode, buffering=1)  # 1: written line by line
+    log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
     try:
         for step in bar:
@@ -513,17 +472,16 @@ def train(cfg, sae, buffer):
             silent += 1
             silent[f.amax(dim=0) > 0] = 0  # those that fired on some x of this batch
             dead = silent >= patience  # [d_sae]
-            # Not near the end: a revived feature needs time to learn. (resample leaves
-            # `silent` as it is: one that still never fires is revived again.)
+            # Not near the end: a revived feature needs time to learn.
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
                 # ("dead" counts steps of silence here; evaluate counts held-out tokens.)
-                entry = dict(loss=loss.item(), l0=(f > 0).sum().item() / len(x),
+                entry = dict(step=done, loss=loss.item(), l0=(f > 0).sum().item() / len(x),
                              fvu=fvu.item(), dead=dead.float().mean().item())
-                log.write(json.dumps({"step": done, **entry}) + "\n")
+                print(json.dumps(entry), file=log)
                 bar.set_postfix(entry)
 
             if done % cfg.save_every == 0 and done < cfg.steps:
@@ -554,7 +512,7 @@ def cross_entropy(model, hook, rows, replace):
         total += F.cross_entropy(logits, following, reduction="sum").item()
     return total / rows[:, 1:].numel()
 
-# Needs: torch, get_activations, cross_entropy.
+# Needs: torch, math, get_activations, cross_entropy.
 @torch.no_grad()
 def evaluate(model, hook, sae, rows):
     """rows [n, seq_len], held out -> metrics, and how often each feature fires [d_sae],
@@ -573,8 +531,8 @@ def evaluate(model, hook, sae, rows):
     ce_sae = cross_entropy(model, hook, rows, lambda act: sae(act)[0])
     ce_zero = cross_entropy(model, hook, rows, torch.zeros_like)
     ce_mean = cross_entropy(model, hook, rows, lambda act: mean.expand_as(act))
-    recovered = None
-    if ce_zero - ce > 0.01:  # if not, zeros are as good as x: nothing to win back
+    recovered = math.nan  # if zeros are as good as x, there is nothing to win back
+    if ce_zero - ce > 0.01:
         recovered = (ce_zero - ce_sae) / (ce_zero - ce)
     fvu = error / (x - mean).pow(2).sum()  # 1 for an x_hat that is always the mean
     dead = (fired == 0).float().mean()  # fired on none of these tokens
@@ -605,16 +563,15 @@ def visible(tokenizer, tokens):
 
 def logit_effect(model, hook, direction):
     """The logits [d_vocab] that the model would give if its residual stream held only
-    what `direction` [d_in] writes into it (the logit lens). The final norm brings all
-    directions to one length, so only the order of the logits has a meaning. None for
-    hooks whose effect on the residual stream is not worked out here."""
+    what `direction` [d_in] writes into it (the logit lens). Only their order has a
+    meaning, for the final norm brings all directions to one length. None for hooks whose
+    effect on the residual stream is not worked out here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
-    elif not hook.endswith(("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")):
+    elif "resid" not in hook and not hook.endswith("_out"):
         return None
-    # The biases of ln_final and unembed add the same logits, whatever the direction.
-    # Zeros give just these, so they are subtracted.
+    # Zeros give what the biases add, whatever the direction: that is subtracted.
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
     logits = model.unembed(model.ln_final(both.to(model.cfg.dtype))).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -639,34 +596,27 @@ def report(cfg, model, sae, rows, metrics, frequency):
     size = f"{sae.d_sae} features, {metrics['steps']} steps"
     page.print(f"{cfg.model}, {cfg.hook}, {cfg.dataset}: {size}", style="bold")
     for name, value in metrics.items():
-        if value is not None:
-            value = round(value, 4)
-        page.print(f"{name:>14}  {value}")
+        page.print(f"{name:>14}  {round(value, 4)}")
     norms = sae.W_dec.norm(dim=-1)
     page.print(f" decoder norms  {norms.min():.7f} to {norms.max():.7f}\n")
 
     # The paper's histogram of feature densities, from 1e-5 to 1: four bars for each
     # factor of ten.
     page.print("How many features fire on what share of tokens (left: a bar's lower end)")
-    exponents = frequency[frequency > 0].log10().clamp(min=-5)
+    exponents = frequency[frequency > 0].log10()
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
-    for i, count in enumerate(counts):
-        bar = "█" * round(56 * count / max(1, *counts))
-        page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {count}")
+    for i, n in enumerate(counts):
+        bar = "█" * round(56 * n / max(1, *counts))
+        page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {n}")
 
     # By default twenty features, evenly from rare (2e-4 of the tokens) to frequent.
-    chosen = cfg.features
-    if not chosen:
-        order = frequency.argsort()
-        order = order[frequency[order] >= 2e-4]
-        evenly = torch.linspace(0, len(order) - 1, min(20, len(order))).long()
-        chosen = order[evenly].tolist()
+    order = [i for i in frequency.argsort().tolist() if frequency[i] >= 2e-4]
+    chosen = cfg.features or order[::max(1, len(order) // 20)][:20]
     acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = abs(f_i.max())  # abs: f of a silent feature may be -0.0
-        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
+        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {f_i.max():.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
         if effect is not None:
@@ -722,9 +672,9 @@ SUPPORTED = dict(
     normalize_activations=("none",),  # others scale x
     reshape_activations=("none",),  # others reshape x
     apply_b_dec_to_input=(True,),  # x - b_dec in the encoder
-    rescale_acts_by_decoder_norm=(False,),  # True: f times the lengths of W_dec's rows
-    activation_fn_str=("relu",))  # of older versions
+    rescale_acts_by_decoder_norm=(False,))  # True: f times the lengths of W_dec's rows
 
+@torch.no_grad()
 def load_sae(cls, source):
     """source: run1, run2, a folder that this file or SAELens saved, or a .pt state dict"""
     with blame(f"--load {source}"):
@@ -737,32 +687,28 @@ def load_sae(cls, source):
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
         for name, values in SUPPORTED.items():
-            found = cfg.get(name)
-            require(found in (None, *values), f"{name} {found} is not read here, only "
-                    f"{' or '.join(map(str, values))}; try SAELens")
+            found = cfg.get(name, values[0])
+            assert found in values, f"{name} {found} is not read here; try SAELens"
         d_in, d_sae = weights["W_enc"].shape
         sae = cls(d_in, d_sae, cfg.get("k"))
         weights.setdefault("threshold", sae.threshold)  # a ReLU SAE has none: 0
         sae.load_state_dict(weights)
         sae.threshold.clamp_(min=0)  # in SAELens, one below 0 acts like 0
+
+        # Rows of W_dec may have any length there. Dividing them by it, and multiplying f
+        # by it, gives the same x_hat.
+        length = sae.W_dec.norm(dim=-1)  # [d_sae]
+        for weight in (sae.W_enc, sae.b_enc, sae.threshold):
+            weight *= length  # column i of W_enc by length[i]
+        sae.normalize()
         return sae
 
 SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
-@torch.no_grad()
-def make_rows_unit(sae):
-    """Rows of a loaded W_dec may have any length. Divides each by its length, and
-    multiplies the feature's W_enc column, b_enc and threshold by it: same x_hat."""
-    length = sae.W_dec.norm(dim=-1)  # [d_sae]
-    sae.W_enc *= length  # column i by length[i]
-    sae.b_enc *= length
-    sae.threshold *= length
-    sae.normalize()
-
 def save_checkpoint(cfg, sae, adam, done):
     finite = sae.W_enc.isfinite().all()
-    require(finite, f"step {done}: weights are not finite; lower --lr, or --l1")
+    assert finite, f"step {done}: weights are not finite; lower --lr, or --l1"
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
     flags = [cfg.model, cfg.hook, sae.k]
     state = dict(sae=sae.state_dict(), adam=adam.state_dict(), done=done, flags=flags)
@@ -772,7 +718,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
     with blame(f"--resume: {cfg.out}"):
         state = torch.load(Path(cfg.out, "resume.pt"), sae.b_enc.device, weights_only=True)
         flags = [cfg.model, cfg.hook, sae.k]
-        require(state["flags"] == flags, f"it is of {state['flags']}, not of {flags}")
+        assert state["flags"] == flags, f"it is of {state['flags']}, not of {flags}"
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
     # Skip as many rows as the interrupted run used (roughly: resample used some more.
@@ -784,29 +730,24 @@ def load_checkpoint(cfg, sae, adam, buffer):
 
 def check_model(cfg, model, rows):
     near = get_close_matches(cfg.hook, model.hook_dict, n=3, cutoff=0)
-    require(cfg.hook in model.hook_dict, f"--hook {cfg.hook}: no such hook, but {near}")
-    require(cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}")
+    assert cfg.hook in model.hook_dict, f"--hook {cfg.hook}: no such hook, but {near}"
+    assert cfg.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx}"
     known = 0 <= rows.min() and rows.max() < model.cfg.d_vocab
-    require(known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}")
+    assert known, f"--dataset {cfg.dataset}: its tokens are not those of {cfg.model}"
 
 def check_sae(cfg, sae, d_in):
-    require(sae.d_in == d_in, f"the SAE has d_in {sae.d_in}, not {d_in}")
-    require(cfg.d_sae in (None, sae.d_sae), f"--d-sae: the SAE has d_sae {sae.d_sae}")
-    require(cfg.k in (None, sae.k), f"--k {cfg.k}: the SAE has k {sae.k}")
-    require(sae.k is None or sae.k <= sae.d_sae, f"--k {sae.k} of {sae.d_sae} features")
-    require(not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term")
-    for i in cfg.features:
-        require(0 <= i < sae.d_sae, f"--features {i}: there are 0 to {sae.d_sae - 1}")
+    for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
+        found = getattr(sae, name)
+        assert wanted in (None, found), f"the SAE has {name} {found}, not {wanted}"
+    known = all(0 <= i < sae.d_sae for i in cfg.features)
+    assert known, f"--features {cfg.features}: there are 0 to {sae.d_sae - 1}"
 
 # ---- 10. All of it, in order ---------------------------------------------------------
 def run(cfg):
-    # Several processes (of torchrun) would all write into cfg.out.
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    require(alone, "it trains in one process: start it without torchrun")
+    assert "RANK" not in os.environ, "it trains in one process: start it without torchrun"
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    device = cfg.device or str(best)
+    device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
     with blame(f"--device {device}"):
         torch.zeros(1, device=device)  # fails if there is no such device
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -844,12 +785,9 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # where there is no █, print ?
     try:
         run(tyro.cli(Config, args=argv, description=__doc__.split("\n")[0]))
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        message = " ".join(str(error).split())  # on one line
-        print("sae.py:", message, file=sys.stderr)
+    except (AssertionError, OSError, ValueError, torch.OutOfMemoryError) as error:
+        print("sae.py:", *str(error).split(), file=sys.stderr)  # on one line
         sys.exit(2)
-    except KeyboardInterrupt:  # outside the training loop: nothing to save
-        sys.exit("sae.py: stopped")
 
 if __name__ == "__main__":
     main()
