@@ -289,16 +289,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        """(x - b_dec) @ W_enc + b_enc: [..., d_sae]"""
-        # Written just like that, autograd would multiply [batch, d_sae] by W_enc.T only to sum
-        # over the batch, for the gradient of b_dec: one of the six large products of a
-        # training step. With no_shift, whose value is 0, it sums first, and multiplies one
-        # row. (x @ W_enc - b_dec @ W_enc would do, too, but rounds badly where x is large.)
-        fixed = self.b_dec.detach()
-        no_shift = (fixed - self.b_dec) @ self.W_enc  # [d_sae]
-        pre = (x - fixed) @ self.W_enc  # [..., d_sae]
-        pre += self.b_enc + no_shift  # in place, to save a copy of [batch, d_sae]
-        return pre
+        # b_dec is detached: autograd would take another large product to find its gradient
+        # from here. project_gradient adds it, and takes a small one.
+        return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
         pre = self.pre_activations(x)
@@ -339,6 +332,10 @@ class SparseAutoencoder(torch.nn.Module):
         its length. Left in, it would fill Adam's moments and distort later steps."""
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
+
+        # The gradient of b_dec that pre_activations left out. b_dec moves pre as b_enc does,
+        # the same for all x, but by -b_dec @ W_enc.
+        self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
 
     @torch.no_grad()
     def normalize(self):
