@@ -83,10 +83,10 @@ class Config:
     save_every: int = 500  # steps between saves
     resume: bool = False  # go on from what --out holds; give the same flags again
     load: str = ""  # start from this SAE: run1, run2, a folder or a .pt file
-    features: tuple[int, ...] = ()  # which to show, as in 12 34 56; by default twenty
+    features: tuple[int, ...] = ()  # which to show, as in 12 34 56; by default about twenty
 
     def __post_init__(self):
-        # Numbers have to be above 0; three may also be 0.
+        # Numbers have to be above 0, but for three that may also be 0.
         for name, value in vars(self).items():
             if type(value) in (int, float) and name not in ("steps", "l1", "seed"):
                 assert 0 < value < math.inf, f"--{name.replace('_', '-')} cannot be {value}"
@@ -151,24 +151,22 @@ def all_tokens(dataset, tokenizer):
 
 # Needs: all of section 2, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS, to train on, endlessly;
-    with held_out, every 32nd row instead, once."""
+    """Yields rows of tokens, lists [seq_len] that begin with BOS. Every 32nd row is held
+    out: without held_out, it yields the others, endlessly; with it, only those, once."""
     eos = tokenizer.eos_token_id
     assert eos is not None, "the tokenizer has no EOS"
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     while True:  # a pass over the data
-        # Catches errors in reading, not those of whoever uses the rows.
         with blame(f"--dataset {dataset}"):
             tokens = all_tokens(dataset, tokenizer)
-            for n_rows in count():
+            for i in count():
                 row = [bos, *islice(tokens, seq_len - 1)]
                 if len(row) < seq_len:
-                    break  # the data have ended
-                is_held_out = n_rows % 32 == 0  # the 1st, 33rd, 65th, ... row
-                if held_out == is_held_out:
+                    break  # the data have ended, after i rows
+                if held_out == (i % 32 == 0):  # the 1st, 33rd, 65th, ... row
                     yield row
             # The 1st row is held out, so there has to be a 2nd to train on.
-            assert n_rows > 1, "too short to make rows of, or empty"
+            assert i > 1, "too short to make rows of, or empty"
         if held_out:
             return
 
@@ -225,10 +223,10 @@ class ActivationBuffer:
         # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Shuffling `store` would take twice its memory, so nothing in it ever moves. `order`
-        # is a shuffled list of its positions, and next() works through that. Say order is
-        # 5 2 7 0 3 1 6 4, and served is 4: positions 5 2 7 0 may be overwritten, 3 is next.
-        # At the start all count as served: the first next() fills them.
+        # Nothing in `store` ever moves, for shuffling it would take twice its memory. `order`
+        # says in which order its positions are served. Say it is 5 2 7 0 3 1 6 4, and served
+        # is 4: positions 5 2 7 0 may be overwritten, 3 is next. At the start all count as
+        # served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -269,8 +267,8 @@ class SparseAutoencoder(torch.nn.Module):
     Row i of W_dec, of length 1, is the direction of feature i; f[:, i] says how much of
     it is in each x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty
     keeps f sparse. With k there is no penalty: the threshold is kept at such a height
-    that, on average, k features per token are above it. (As in BatchTopK, Bussmann et
-    al. 2024, which fixes its threshold only after training.)"""
+    that, on average, k features per token are above it. (BatchTopK, Bussmann et al. 2024,
+    trains with the k * batch largest of a batch, and has a threshold only for later use.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -281,8 +279,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # The encoder begins as the decoder, transposed, times 0.3, so that x_hat begins near
         # x: random directions together give about d_sae / d_in times x, and half of them fire,
-        # so with 8 d_in features it is 8 / 2 * 0.3 = 1.2 x. (safetensors wants contiguous.)
-        self.W_enc = torch.nn.Parameter(0.3 * directions.T.contiguous())  # [d_in, d_sae]
+        # so with 8 d_in features it is 8 / 2 * 0.3 = 1.2 x.
+        columns = directions.T.contiguous()  # contiguous: safetensors wants it
+        self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         # Trained here, all thresholds are equal. In a loaded SAE they may differ.
@@ -314,10 +313,11 @@ class SparseAutoencoder(torch.nn.Module):
         return squared_error + l1 * sparsity, x_hat, f
 
     @torch.no_grad()
-    def move_threshold(self, x, k):
-        """Before a training step: finds the threshold above which k features per token
-        of x [n, d_in] would fire on average, and moves a tenth of the way to it, since
-        one batch is noisy. No gradient trains it. (k: here, train() begins with 8 k.)"""
+    def move_threshold(self, x, factor=1.0):
+        """Before a training step: finds the threshold above which factor * k features per
+        token of x [n, d_in] would fire on average, and moves a tenth of the way to it,
+        since one batch is noisy. No gradient trains it."""
+        k = min(self.d_sae, round(factor * self.k))
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
         target = target.clamp(min=0)  # so that f is never negative
@@ -407,12 +407,11 @@ def train(cfg, sae, buffer):
     usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
     assert usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike"
 
-    # A step of Adam is about as large as its rate, whatever the gradient. If x is ten times
-    # as large, the biases have to move ten times as far, while W_enc and W_dec can stay as
-    # they are. So the biases' rate is in units of a typical entry of x - mean.
+    # A step of Adam is about as large as its rate, whatever the size of x. That suits W_enc
+    # and W_dec. But both biases grow with x (b_enc because pre does), so their rate is in
+    # units of a typical entry of x - mean. And with k, W_enc has half the rate: far fewer
+    # features die. (Found by experiment.) Below, each group's rate is lr times its scale.
     bias_scale = spread / sae.d_in ** 0.5
-    # With k, W_enc has half the rate: far fewer features die. (Found by experiment.)
-    # "scale" is a key of ours: at each step, a group's rate is lr times its scale.
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
               {"params": [sae.b_enc, sae.b_dec], "scale": bias_scale}]
@@ -450,8 +449,7 @@ def train(cfg, sae, buffer):
             for group in adam.param_groups:
                 group["lr"] = lr * lr_factor * group["scale"]
             if sae.k:
-                k = min(sae.d_sae, round(sae.k * k_factor))
-                sae.move_threshold(x[:128], k)  # 128 tokens are enough for an estimate
+                sae.move_threshold(x[:128], k_factor)  # 128 tokens are enough
 
             # Forward and backward.
             loss, x_hat, f = sae.loss(x, l1 * l1_factor)
@@ -475,9 +473,8 @@ def train(cfg, sae, buffer):
 
             if done % 25 == 0 or done in (1, cfg.steps):
                 fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-                # ("dead" counts steps of silence here; evaluate counts held-out tokens.)
                 entry = dict(step=done, loss=loss.item(), l0=(f > 0).sum().item() / len(x),
-                             fvu=fvu.item(), dead=dead.float().mean().item())
+                             fvu=fvu.item(), silent=dead.float().mean().item())
                 print(json.dumps(entry), file=log)
                 bar.set_postfix(entry)
 
@@ -560,13 +557,13 @@ def visible(tokenizer, tokens):
 
 def logit_effect(model, hook, direction):
     """The logits [d_vocab] that the model would give if its residual stream held only
-    what `direction` [d_in] writes into it (the logit lens). Only their order has a
-    meaning, for the final norm brings all directions to one length. None for hooks whose
-    effect on the residual stream is not worked out here."""
+    what `direction` [d_in] writes into it (the logit lens). The final norm brings all
+    directions to one length, so only the order of the logits has a meaning. None for
+    hooks whose effect on the residual stream is not worked out here."""
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
-    elif "resid" not in hook and not hook.endswith("_out"):
+    elif not ("resid" in hook or hook.endswith("_out")):
         return None
     # Zeros give what the biases add, whatever the direction: that is subtracted.
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
@@ -606,9 +603,9 @@ def report(cfg, model, sae, rows, metrics, frequency):
         bar = "█" * round(56 * n / max(1, *counts))
         page.print(f"{10 ** (i / 4 - 5):14.4%}  {bar} {n}")
 
-    # By default twenty features, evenly from rare (2e-4 of the tokens) to frequent.
+    # By default about twenty features, evenly from rare (2e-4 of the tokens) to frequent.
     order = [i for i in frequency.argsort().tolist() if frequency[i] >= 2e-4]
-    chosen = cfg.features or order[::max(1, len(order) // 20)][:20]
+    chosen = cfg.features or order[::len(order) // 20 + 1]
     acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
@@ -653,7 +650,7 @@ def save_sae(sae, folder, **metadata):
         apply_b_dec_to_input=True,  # the encoder reads x - b_dec
         normalize_activations="none",  # x is not scaled
         reshape_activations="none",  # nor reshaped
-        metadata=dict(sae_lens_version="6.0.0", **metadata))  # of the format
+        metadata=dict(sae_lens_version="6.0.0", **metadata))  # whose format this is
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
@@ -663,7 +660,8 @@ def save_sae(sae, folder, **metadata):
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
 
-# What load_sae accepts in SAELens's cfg.json, because nothing else is computed here.
+# What load_sae accepts in SAELens's cfg.json, because nothing else is computed here (the
+# first value if a key is missing).
 SUPPORTED = dict(
     architecture=("standard", "jumprelu"),  # SAELens saves a batchtopk as jumprelu
     normalize_activations=("none",),  # others scale x
@@ -692,8 +690,8 @@ def load_sae(cls, source):
         sae.load_state_dict(weights)
         sae.threshold.clamp_(min=0)  # in SAELens, one below 0 acts like 0
 
-        # Rows of W_dec may have any length there. Dividing them by it, and multiplying f
-        # by it, gives the same x_hat.
+        # Rows of W_dec may have any length there. They are divided by it. To multiply f by it,
+        # which leaves x_hat as it is, all that f is made of is multiplied.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length  # column i of W_enc by length[i]
@@ -718,8 +716,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         assert state["flags"] == flags, f"it is of {state['flags']}, not of {flags}"
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # Skip as many rows as the interrupted run used (roughly: resample used some more.
-    # And the buffer has been filled already, with the first rows once more).
+    # Skip the rows that the interrupted run used: roughly, for resample used some more, and
+    # the buffer has just been filled with the first rows again.
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
@@ -744,7 +742,7 @@ def run(cfg):
     assert "RANK" not in os.environ, "it trains in one process: start it without torchrun"
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
-    device = cfg.device or str(torch.accelerator.current_accelerator(True) or "cpu")
+    device = cfg.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     with blame(f"--device {device}"):
         torch.zeros(1, device=device)  # fails if there is no such device
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
