@@ -1,9 +1,8 @@
 """sae.py: train a sparse autoencoder (SAE) on a language model's activations.
 
-After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication,
-Neel Nanda's 1L-Sparse-Autoencoder ("the first replication" below).
-`python sae.py --steps 1000` trains one on the MLP of tiny-1l, a small transformer in
-this repository. It takes under three minutes on two CPU cores, and measures at the end:
+After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
+Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` trains one on the MLP of tiny-1l,
+a small transformer in this repository, in under three minutes on two CPU cores. It prints
 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
@@ -11,14 +10,12 @@ this repository. It takes under three minutes on two CPU cores, and measures at 
 x: the activations at a token, a vector of length d_in. x_hat: the SAE's version of it.
 ce: the model's cross-entropy. ce_sae, ce_zero, ce_mean: what it is if x is replaced by
 x_hat, by zeros, by the mean of x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce).
-l0: how many features fire on a token, on average. fvu: the fraction of x's variance
-that x_hat misses. dead: the fraction of features that fire on none of the held-out
-tokens. decoder norms: the lengths of W_dec's rows, kept at 1.
+l0: how many features fire on a token, on average. fvu: the fraction of x's variance that
+x_hat misses. dead: the fraction of features that fire on none of the held-out tokens.
 
-The SAE itself: 4 Activation buffer, 5 Autoencoder, 6 Training. What feeds it: 1 Config,
-2 Data, 3 Language model. What measures, shows and keeps it: 7 Evaluation, 8 Looking at
-features, 9 Saving, loading, checks (skip it at first), 10 All of it, in order. A class
-or function with a line "# Needs:" above it can be copied, with what that line lists.
+The SAE itself is in sections 4 to 6; 1 to 3 feed it, 7 and 8 measure and show it, 9
+saves and loads it (skip that at first), 10 puts all in order. A class or function with
+a line "# Needs:" above it can be copied, with what that line lists.
 """
 
 import glob
@@ -44,8 +41,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file, save as to_bytes
 from tqdm import tqdm
-# TransformerBridge wraps a model. Each of its activations has a name, by which a hook
-# can read or replace it.
+# Wraps a model: each of its activations has a name, by which a hook can read or replace it.
 from transformer_lens.model_bridge import TransformerBridge
 
 @contextmanager
@@ -57,8 +53,7 @@ def blame(what):
         raise ValueError(f"{what}: {error}") from error
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
-# For --load: the files of two SAEs of gelu-1l, published with the first replication
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's SAEs of gelu-1l
 
 @dataclass
 class Config:
@@ -128,8 +123,8 @@ def open_dataset(name):
     return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 def all_tokens(dataset, tokenizer):
-    """Yields the tokens of all examples, with EOS after each, in the same order each time
-    (the seed of the shuffle is fixed), so that the same rows stay held out."""
+    """Yields the tokens of all examples, with EOS after each, in the same order each
+    time (the seed of the shuffle is fixed), so that the same rows stay held out."""
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         found = {"text", "tokens", "input_ids"}.intersection(example)
         assert found, f"no column text or tokens, but {list(example)}"
@@ -208,25 +203,22 @@ class ActivationBuffer:
     """Serves activations [batch_size, d_in] of `rows` in random order, none twice.
 
     The activations of one text are alike, and a batch should be varied: it is drawn from
-    all over the buffer. When half of the buffer has been served, that half is refilled.
-
-    activations_of: a function of tokens [n, seq_len] -> [n, seq_len, d_in]
-    rows: yields rows of tokens, lists [seq_len] with BOS first, without end"""
+    all over the buffer. When half of the buffer has been served, that half is refilled."""
 
     def __init__(self, activations_of, rows, batch_size, n_batches, device="cpu"):
-        self.activations_of = activations_of
-        self.rows = rows
+        self.activations_of = activations_of  # tokens [n, seq_len] -> [n, seq_len, d_in]
+        self.rows = rows  # yields lists of tokens [seq_len], BOS first, without end
         self.batch_size = batch_size
-        probe = activations_of(torch.tensor([next(rows)], device=device))  # for its shape
+        probe = activations_of(torch.tensor([next(rows)], device=device))  # for the shapes
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
         # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves, for shuffling it would take twice its memory. `order`
-        # says in which order its positions are served. Say it is 5 2 7 0 3 1 6 4, and served
-        # is 4: positions 5 2 7 0 may be overwritten, 3 is next. At the start all count as
-        # served: the first next() fills them.
+        # Nothing in `store` ever moves, for shuffling it would take twice its memory.
+        # `order` says in which order its positions are served. Say order is 2 0 3 1, and
+        # served is 2: positions 2 and 0 may be overwritten, 3 is next. At the start all
+        # count as served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -235,14 +227,13 @@ class ActivationBuffer:
     @torch.no_grad()
     def refill(self):
         """Overwrites what has been served, and only that, in place; draws a new order."""
-        to_fill = self.order[:self.served]  # [n], positions already served
         # 64 rows per forward pass, to bound the language model's memory
-        for slots in to_fill.split(64 * self.per_row):
+        for slots in self.order[:self.served].split(64 * self.per_row):
             n_rows = math.ceil(len(slots) / self.per_row)
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=slots.device)
             act = self.activations_of(tokens)  # [n_rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
-            # (The very last row may have more tokens than there are slots left.)
+            # (The last row may have more tokens than there are slots left.)
             self.store[slots] = act[:len(slots)].to(self.store.dtype)
         # Drawn on the CPU, for the same order on every device
         self.order = torch.randperm(len(self.store)).to(self.store.device)
@@ -277,9 +268,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as the decoder, transposed, times 0.3, so that x_hat begins near
-        # x: random directions together give about d_sae / d_in times x, and half of them fire,
-        # so with 8 d_in features it is 8 / 2 * 0.3 = 1.2 x.
+        # The encoder begins as the decoder, transposed, times 0.3, so that x_hat begins
+        # near x: random directions together give about d_sae / d_in times x, and half
+        # of them fire, so with 8 d_in features it is 8 / 2 * 0.3 = 1.2 x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -288,8 +279,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # b_dec is detached: autograd would take another large product to find its gradient
-        # from here. project_gradient adds it, and takes a small one.
+        # b_dec is detached: autograd would take another large product to find its
+        # gradient from here. project_gradient adds it, and takes a small one.
         return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
@@ -304,9 +295,8 @@ class SparseAutoencoder(torch.nn.Module):
         return self.decode(f), f
 
     def loss(self, x, l1=0.0):
-        """For training: x [batch, d_in] -> loss, x_hat [batch, d_in], f [batch, d_sae]
-
-        Both terms are means over the batch, so l1 means the same at any batch size."""
+        """x [batch, d_in] -> loss, x_hat [batch, d_in], f [batch, d_sae]. Both terms
+        are means over the batch, so l1 means the same at any batch size."""
         x_hat, f = self(x)
         squared_error = (x_hat - x).pow(2).sum(-1).mean()
         sparsity = f.sum(-1).mean()  # the L1 norm: f is never negative
@@ -314,9 +304,9 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, factor=1.0):
-        """Before a training step: finds the threshold above which factor * k features per
-        token of x [n, d_in] would fire on average, and moves a tenth of the way to it,
-        since one batch is noisy. No gradient trains it."""
+        """Before a training step: finds the threshold above which factor * k features
+        per token of x [n, d_in] would fire on average, and moves a tenth of the way to
+        it, since one batch is noisy. No gradient trains it."""
         k = min(self.d_sae, round(factor * self.k))
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
@@ -333,8 +323,8 @@ class SparseAutoencoder(torch.nn.Module):
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
 
-        # The gradient of b_dec that pre_activations left out. b_dec moves pre as b_enc does,
-        # the same for all x, but by -b_dec @ W_enc.
+        # The gradient of b_dec that pre_activations left out. b_dec moves pre as b_enc
+        # does, the same for all x, but by -b_dec @ W_enc.
         self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
 
     @torch.no_grad()
@@ -347,15 +337,13 @@ class SparseAutoencoder(torch.nn.Module):
 # Needs: torch, F.
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's "Neuron Resampling", but a dead feature is pointed at an example's error
-    x - x_hat, not at the example, most of which the living features explain.
-
+    """The paper's "Neuron Resampling", but a dead feature is pointed at an example's
+    error x - x_hat, not at the example, most of which the living features explain.
     dead: [d_sae], bool. x: [n, d_in], some thousands of examples."""
-    # Draw examples with a probability in proportion to the square of their loss. None is
-    # drawn twice: otherwise a few huge losses would give many copies of the same feature.
+    # Draw examples in proportion to the square of their loss; none twice, or a few huge
+    # losses would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    loss = error.pow(2).sum(-1)  # [n]
-    weight = loss.pow(2) + 1e-30  # [n]; multinomial draws none with weight 0
+    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]; one of weight 0 cannot be drawn
     assert weight.sum().isfinite(), "the loss is not finite; lower --lr, or --l1"
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
     drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
@@ -434,9 +422,8 @@ def train(cfg, sae, buffer):
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * spread * stretch ** (1 / 6)
 
-    # A feature that has been silent for a twentieth of the run counts as dead.
     silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
-    patience = max(10, cfg.steps // 20)
+    patience = max(10, cfg.steps // 20)  # silent for so many steps, it counts as dead
 
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
@@ -639,17 +626,18 @@ def write(path, save):
         save(part)
         os.replace(part, path)
 
-# SparseAutoencoder's methods save and load are written here, and attached to it below,
-# so that section 5 holds the mathematics alone.
+# SAELens's words for: x is not scaled, not reshaped, and the encoder reads x - b_dec.
+PLAIN = dict(normalize_activations="none", reshape_activations="none",
+             apply_b_dec_to_input=True)
+
+# save_sae and load_sae become methods of SparseAutoencoder, below. They stand here so
+# that section 5 holds the mathematics alone.
 
 def save_sae(sae, folder, **metadata):
     """Writes a folder that SAELens can also read: SAE.load_from_disk(folder)"""
     cfg = dict(  # the keys that SAELens wants
         architecture="jumprelu",  # its name for an SAE with thresholds
-        d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu",
-        apply_b_dec_to_input=True,  # the encoder reads x - b_dec
-        normalize_activations="none",  # x is not scaled
-        reshape_activations="none",  # nor reshaped
+        d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu", **PLAIN,
         metadata=dict(sae_lens_version="6.0.0", **metadata))  # whose format this is
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
@@ -659,15 +647,6 @@ def save_sae(sae, folder, **metadata):
     data = to_bytes(weights)  # (save_file makes files that only their owner may read)
     write(f"{folder}/sae_weights.safetensors", lambda part: part.write_bytes(data))
     write(f"{folder}/cfg.json", lambda part: part.write_text(json.dumps(cfg)))
-
-# What load_sae accepts in SAELens's cfg.json, because nothing else is computed here (the
-# first value if a key is missing).
-SUPPORTED = dict(
-    architecture=("standard", "jumprelu"),  # SAELens saves a batchtopk as jumprelu
-    normalize_activations=("none",),  # others scale x
-    reshape_activations=("none",),  # others reshape x
-    apply_b_dec_to_input=(True,),  # x - b_dec in the encoder
-    rescale_acts_by_decoder_norm=(False,))  # True: f times the lengths of W_dec's rows
 
 @torch.no_grad()
 def load_sae(cls, source):
@@ -681,17 +660,21 @@ def load_sae(cls, source):
             if source in PUBLISHED:
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
-        for name, values in SUPPORTED.items():
-            found = cfg.get(name, values[0])
-            assert found in values, f"{name} {found} is not read here; try SAELens"
+        # Nothing else is computed here. (SAELens saves a batchtopk as jumprelu.)
+        for name, value in dict(PLAIN, rescale_acts_by_decoder_norm=False).items():
+            found = cfg.get(name, value)
+            assert found == value, f"{name} {found} is not read here; try SAELens"
+        architecture = cfg.get("architecture", "standard")
+        known = architecture in ("standard", "jumprelu")
+        assert known, f"architecture {architecture} is not read here; try SAELens"
         d_in, d_sae = weights["W_enc"].shape
         sae = cls(d_in, d_sae, cfg.get("k"))
         weights.setdefault("threshold", sae.threshold)  # a ReLU SAE has none: 0
         sae.load_state_dict(weights)
         sae.threshold.clamp_(min=0)  # in SAELens, one below 0 acts like 0
 
-        # Rows of W_dec may have any length there. They are divided by it. To multiply f by it,
-        # which leaves x_hat as it is, all that f is made of is multiplied.
+        # Rows of W_dec may have any length there. They are divided by it. To multiply f
+        # by it, which leaves x_hat as it is, all that f is made of is multiplied.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length  # column i of W_enc by length[i]
@@ -716,8 +699,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         assert state["flags"] == flags, f"it is of {state['flags']}, not of {flags}"
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # Skip the rows that the interrupted run used: roughly, for resample used some more, and
-    # the buffer has just been filled with the first rows again.
+    # Skip the rows that the interrupted run used: roughly, for resample used some more,
+    # and the buffer has just been filled with the first rows again.
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
