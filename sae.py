@@ -2,7 +2,7 @@
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
 Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` trains one on the MLP of tiny-1l,
-a small transformer in this repository, in under three minutes on two CPU cores. It prints
+a small transformer in this repository, in under three minutes on two CPU cores, and finds
 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
@@ -81,10 +81,13 @@ class Config:
     features: tuple[int, ...] = ()  # which to show, as in 12 34 56; by default about twenty
 
     def __post_init__(self):
-        # Numbers have to be above 0, but for three that may also be 0.
+        # Numbers have to be above 0; three may also be 0.
         for name, value in vars(self).items():
-            if type(value) in (int, float) and name not in ("steps", "l1", "seed"):
-                assert 0 < value < math.inf, f"--{name.replace('_', '-')} cannot be {value}"
+            if type(value) in (int, float):  # not bool
+                may_be_0 = name in ("steps", "l1", "seed")
+                in_range = 0 < value < math.inf or (may_be_0 and value == 0)
+                assert in_range, f"--{name.replace('_', '-')} cannot be {value}"
+        assert self.seq_len > 1, "--seq-len 1 leaves no token but BOS"
         assert self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load"
 
         # Defaults that follow from other flags.
@@ -146,8 +149,8 @@ def all_tokens(dataset, tokenizer):
 
 # Needs: all of section 2, blame, and their imports.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
-    """Yields rows of tokens, lists [seq_len] that begin with BOS. Every 32nd row is held
-    out: without held_out, it yields the others, endlessly; with it, only those, once."""
+    """Yields rows of tokens, lists [seq_len] that begin with BOS. Rows 0, 32, 64, ... are
+    held out: held_out=True yields only these, once; False all the others, endlessly."""
     eos = tokenizer.eos_token_id
     assert eos is not None, "the tokenizer has no EOS"
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -158,9 +161,10 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
                 row = [bos, *islice(tokens, seq_len - 1)]
                 if len(row) < seq_len:
                     break  # the data have ended, after i rows
-                if held_out == (i % 32 == 0):  # the 1st, 33rd, 65th, ... row
+                is_held_out = i % 32 == 0
+                if is_held_out == held_out:  # is it one of those that were asked for?
                     yield row
-            # The 1st row is held out, so there has to be a 2nd to train on.
+            # Row 0 is held out, so there has to be a row 1 to train on.
             assert i > 1, "too short to make rows of, or empty"
         if held_out:
             return
@@ -216,9 +220,9 @@ class ActivationBuffer:
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves, for shuffling it would take twice its memory.
-        # `order` says in which order its positions are served. Say order is 2 0 3 1, and
-        # served is 2: positions 2 and 0 may be overwritten, 3 is next. At the start all
-        # count as served: the first next() fills them.
+        # `order` says in which order its positions are served. Say order is 2 0 3 1,
+        # and served is 2: positions 2 and 0 may be overwritten, 3 is next. At the start
+        # all count as served: the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -268,9 +272,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as the decoder, transposed, times 0.3, so that x_hat begins
-        # near x: random directions together give about d_sae / d_in times x, and half
-        # of them fire, so with 8 d_in features it is 8 / 2 * 0.3 = 1.2 x.
+        # The encoder begins as 0.3 times the decoder, transposed, so that x_hat begins near x:
+        # the sum of (x . d) d over random directions d is about d_sae / d_in times x. Half
+        # of them fire, so with 8 d_in features x_hat is 8 / 2 * 0.3 = 1.2 x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -279,8 +283,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # b_dec is detached: autograd would take another large product to find its
-        # gradient from here. project_gradient adds it, and takes a small one.
+        # b_dec is detached, which saves a large product in backward(). project_gradient
+        # adds the gradient that is missing: a training step has to call it.
         return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
@@ -318,14 +322,15 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def project_gradient(self):
-        """Before step(): takes out the part of each row's gradient that could only change
-        its length. Left in, it would fill Adam's moments and distort later steps."""
+        """Before step(): takes out the part of each row's gradient that could only
+        change its length. Left in, it would fill Adam's moments and distort later
+        steps. (Also completes the gradient of b_dec.)"""
+        # Through pre, where it was detached: pre contains b_enc - b_dec @ W_enc, so by
+        # the chain rule, b_dec's gradient there is -W_enc times that of b_enc.
+        self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
+
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
-
-        # The gradient of b_dec that pre_activations left out. b_dec moves pre as b_enc
-        # does, the same for all x, but by -b_dec @ W_enc.
-        self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
 
     @torch.no_grad()
     def normalize(self):
@@ -396,9 +401,9 @@ def train(cfg, sae, buffer):
     assert usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike"
 
     # A step of Adam is about as large as its rate, whatever the size of x. That suits W_enc
-    # and W_dec. But both biases grow with x (b_enc because pre does), so their rate is in
-    # units of a typical entry of x - mean. And with k, W_enc has half the rate: far fewer
-    # features die. (Found by experiment.) Below, each group's rate is lr times its scale.
+    # and W_dec. But if x is doubled, b_enc and b_dec have to be, too: their rate is lr times
+    # a typical entry of x - mean. With k, W_enc has half the rate: far fewer features die.
+    # (Found by experiment.) Below, a group's rate is lr times its scale.
     bias_scale = spread / sae.d_in ** 0.5
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
@@ -406,7 +411,7 @@ def train(cfg, sae, buffer):
     # (betas: as in the first replication. fused: faster.)
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
 
-    # b_dec starts at the mean of x, if this is not to go on from another SAE.
+    # b_dec starts at the mean of x, unless training goes on from another SAE.
     done = 0
     if cfg.resume:
         done = load_checkpoint(cfg, sae, adam, buffer)
@@ -550,9 +555,9 @@ def logit_effect(model, hook, direction):
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
-    elif not ("resid" in hook or hook.endswith("_out")):
+    elif not ("hook_resid" in hook or hook.endswith(("hook_mlp_out", "hook_attn_out"))):
         return None
-    # Zeros give what the biases add, whatever the direction: that is subtracted.
+    # Minus the logits of a zero vector, which are what the biases alone would give
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
     logits = model.unembed(model.ln_final(both.to(model.cfg.dtype))).float()  # [2, d_vocab]
     return logits[0] - logits[1]
@@ -660,7 +665,7 @@ def load_sae(cls, source):
             if source in PUBLISHED:
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
-        # Nothing else is computed here. (SAELens saves a batchtopk as jumprelu.)
+        # Whatever else SAELens can do to x or f is refused. (No such key: it is not done.)
         for name, value in dict(PLAIN, rescale_acts_by_decoder_norm=False).items():
             found = cfg.get(name, value)
             assert found == value, f"{name} {found} is not read here; try SAELens"
@@ -673,8 +678,8 @@ def load_sae(cls, source):
         sae.load_state_dict(weights)
         sae.threshold.clamp_(min=0)  # in SAELens, one below 0 acts like 0
 
-        # Rows of W_dec may have any length there. They are divided by it. To multiply f
-        # by it, which leaves x_hat as it is, all that f is made of is multiplied.
+        # SAELens allows rows of W_dec of any length. Here row i is divided by its length, and
+        # f[i] multiplied by it (through W_enc, b_enc and threshold): the same x_hat.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length  # column i of W_enc by length[i]
@@ -699,8 +704,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         assert state["flags"] == flags, f"it is of {state['flags']}, not of {flags}"
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # Skip the rows that the interrupted run used: roughly, for resample used some more,
-    # and the buffer has just been filled with the first rows again.
+    # Skip about as many rows as the interrupted run used. (Not counted: those that
+    # resample used. And the buffer has just been filled with the first rows again.)
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
@@ -717,6 +722,7 @@ def check_sae(cfg, sae, d_in):
     for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
         found = getattr(sae, name)
         assert wanted in (None, found), f"the SAE has {name} {found}, not {wanted}"
+    assert not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term"
     known = all(0 <= i < sae.d_sae for i in cfg.features)
     assert known, f"--features {cfg.features}: there are 0 to {sae.d_sae - 1}"
 
