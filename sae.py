@@ -2,7 +2,7 @@
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
 Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` trains one on the MLP of tiny-1l,
-a small transformer in this repository, in under three minutes on two CPU cores, and finds
+a small transformer in this repository, in under three minutes on two CPU cores. It finds
 
     loss_recovered 0.9792   ce 3.137   ce_sae 3.259   ce_zero 9.001   ce_mean 7.915
     l0 49.61   fvu 0.1232   dead 0.0   decoder norms 0.9999998 to 1.0000001
@@ -53,7 +53,7 @@ def blame(what):
         raise ValueError(f"{what}: {error}") from error
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's SAEs of gelu-1l
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # SAEs of the first replication
 
 @dataclass
 class Config:
@@ -88,7 +88,7 @@ class Config:
                 in_range = 0 < value < math.inf or (may_be_0 and value == 0)
                 assert in_range, f"--{name.replace('_', '-')} cannot be {value}"
         assert self.seq_len > 1, "--seq-len 1 leaves no token but BOS"
-        assert self.steps > 0 or self.load, "--steps 0 only measures, so it needs --load"
+        assert self.steps > 0 or self.load, "--steps 0 only measures; it needs --load"
 
         # Defaults that follow from other flags.
         if self.load in PUBLISHED:
@@ -142,8 +142,8 @@ def all_tokens(dataset, tokenizer):
                 yield from part["input_ids"]
             yield tokenizer.eos_token_id
         elif tokens:
-            if tokens[0] == tokenizer.bos_token_id:
-                tokens = tokens[1:]  # each row will get its own
+            if tokens[0] in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+                tokens = tokens[1:]  # token_rows puts a BOS before each row
             yield from map(int, tokens)  # an error if they are words, not ids
             yield tokenizer.eos_token_id
 
@@ -155,17 +155,16 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     assert eos is not None, "the tokenizer has no EOS"
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     while True:  # a pass over the data
-        with blame(f"--dataset {dataset}"):
+        with blame(f"--dataset {dataset}"):  # (not for errors of whoever takes the rows)
             tokens = all_tokens(dataset, tokenizer)
-            for i in count():
+            for n in count():
                 row = [bos, *islice(tokens, seq_len - 1)]
                 if len(row) < seq_len:
-                    break  # the data have ended, after i rows
-                is_held_out = i % 32 == 0
+                    break  # the data have ended, after n rows
+                is_held_out = n % 32 == 0
                 if is_held_out == held_out:  # is it one of those that were asked for?
                     yield row
-            # Row 0 is held out, so there has to be a row 1 to train on.
-            assert i > 1, "too short to make rows of, or empty"
+            assert n > 1, "too short for two rows (one is held out), or empty"
         if held_out:
             return
 
@@ -194,9 +193,10 @@ def get_activations(model, hook, tokens):
 
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
-        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
+    else:  # stop was never called
+        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     fits = act.dim() > 2 and act.shape[:2] == tokens.shape
     assert fits, f"--hook {hook}: {list(act.shape)} is not a vector for each token"
     return act.flatten(2).float()  # attention heads, if any, are concatenated
@@ -219,10 +219,10 @@ class ActivationBuffer:
         # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
         dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
-        # Nothing in `store` ever moves, for shuffling it would take twice its memory.
-        # `order` says in which order its positions are served. Say order is 2 0 3 1,
-        # and served is 2: positions 2 and 0 may be overwritten, 3 is next. At the start
-        # all count as served: the first next() fills them.
+        # Nothing in `store` ever moves, since shuffling it would take twice its memory.
+        # `order` says in which order its positions are served. If order is 2 0 3 1, and
+        # served is 2, then positions 2 and 0 may be overwritten, and 3 is next. At the
+        # start all count as served, so that the first next() fills them.
         size = n_batches * batch_size
         self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
         self.order = torch.arange(size, device=device)
@@ -263,7 +263,7 @@ class SparseAutoencoder(torch.nn.Module):
     it is in each x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty
     keeps f sparse. With k there is no penalty: the threshold is kept at such a height
     that, on average, k features per token are above it. (BatchTopK, Bussmann et al. 2024,
-    trains with the k * batch largest of a batch, and has a threshold only for later use.)"""
+    has none while it trains, but keeps the k * batch largest of each batch.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -273,8 +273,8 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # The encoder begins as 0.3 times the decoder, transposed, so that x_hat begins near x:
-        # the sum of (x . d) d over random directions d is about d_sae / d_in times x. Half
-        # of them fire, so with 8 d_in features x_hat is 8 / 2 * 0.3 = 1.2 x.
+        # over random directions d, the sum of (x . d) d is about d_sae / d_in times x. ReLU
+        # keeps half of that. With 8 d_in features this makes 8 / 2 * 0.3 = 1.2 x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -283,8 +283,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # b_dec is detached, which saves a large product in backward(). project_gradient
-        # adds the gradient that is missing: a training step has to call it.
+        # Detached, or backward() needs the gradient of x - b_dec, one more large product.
+        # project_gradient adds what b_dec lacks, cheaply: a training step has to call it.
         return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
@@ -310,7 +310,7 @@ class SparseAutoencoder(torch.nn.Module):
     def move_threshold(self, x, factor=1.0):
         """Before a training step: finds the threshold above which factor * k features
         per token of x [n, d_in] would fire on average, and moves a tenth of the way to
-        it, since one batch is noisy. No gradient trains it."""
+        it, since one batch is noisy. (factor: 8 in the first steps, see schedule.)"""
         k = min(self.d_sae, round(factor * self.k))
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
@@ -325,8 +325,8 @@ class SparseAutoencoder(torch.nn.Module):
         """Before step(): takes out the part of each row's gradient that could only
         change its length. Left in, it would fill Adam's moments and distort later
         steps. (Also completes the gradient of b_dec.)"""
-        # Through pre, where it was detached: pre contains b_enc - b_dec @ W_enc, so by
-        # the chain rule, b_dec's gradient there is -W_enc times that of b_enc.
+        # What b_dec gets through pre = x @ W_enc + (b_enc - b_dec @ W_enc): by the
+        # chain rule, -W_enc times the gradient of b_enc.
         self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
 
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
@@ -345,10 +345,10 @@ def resample(sae, adam, dead, x):
     """The paper's "Neuron Resampling", but a dead feature is pointed at an example's
     error x - x_hat, not at the example, most of which the living features explain.
     dead: [d_sae], bool. x: [n, d_in], some thousands of examples."""
-    # Draw examples in proportion to the square of their loss; none twice, or a few huge
-    # losses would give many copies of the same feature.
+    # Draw examples in proportion to the square of their loss. None is drawn twice:
+    # otherwise a few huge losses would give many copies of the same feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]; one of weight 0 cannot be drawn
+    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]; above 0, or multinomial may fail
     assert weight.sum().isfinite(), "the loss is not finite; lower --lr, or --l1"
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], no more than len(x)
     drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
@@ -386,7 +386,7 @@ def schedule(step, steps):
     k_factor = 8 ** (1 - growth)
 
     # 3) L1 makes f too small even where a feature is right to fire. To undo some of
-    #    that, L1 falls to half over the last fifth, where decay falls from 1 to 0.
+    #    that, L1 is halved over the last fifth, as decay goes from 1 to 0.
     l1_factor = growth * (1 + decay) / 2
 
     return lr_factor, l1_factor, k_factor
@@ -400,10 +400,9 @@ def train(cfg, sae, buffer):
     usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
     assert usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike"
 
-    # A step of Adam is about as large as its rate, whatever the size of x. That suits W_enc
-    # and W_dec. But if x is doubled, b_enc and b_dec have to be, too: their rate is lr times
-    # a typical entry of x - mean. With k, W_enc has half the rate: far fewer features die.
-    # (Found by experiment.) Below, a group's rate is lr times its scale.
+    # Adam's steps do not grow with x. That suits W_enc and W_dec, but biases are in units of
+    # x: their rate is lr times a typical entry of x - mean. With k, W_enc has half the rate:
+    # far fewer features die (found by experiment). Below, a group's rate is lr times scale.
     bias_scale = spread / sae.d_in ** 0.5
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
@@ -427,7 +426,7 @@ def train(cfg, sae, buffer):
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * spread * stretch ** (1 / 6)
 
-    silent = torch.zeros_like(sae.b_enc)  # [d_sae], steps since a feature fired
+    steps_silent = torch.zeros_like(sae.b_enc)  # [d_sae], since a feature last fired
     patience = max(10, cfg.steps // 20)  # silent for so many steps, it counts as dead
 
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
@@ -456,10 +455,10 @@ def train(cfg, sae, buffer):
             # ---- The step is done. Below: revive dead features, log, save. ----
 
             done = step + 1
-            silent += 1
-            silent[f.amax(dim=0) > 0] = 0  # those that fired on some x of this batch
-            dead = silent >= patience  # [d_sae]
-            # Not near the end: a revived feature needs time to learn.
+            steps_silent += 1
+            steps_silent[f.amax(dim=0) > 0] = 0  # those that fired in this batch
+            dead = steps_silent >= patience  # [d_sae]
+            # Not near the end: learning takes time. (What stays silent is revived again.)
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
@@ -536,8 +535,8 @@ def visible(tokenizer, tokens):
     for token in tokens:
         pending.append(int(token))
         text = tokenizer.decode(pending)
-        # It ends in \ufffd while the character is incomplete: wait for the next token.
-        # (For four tokens at most, since a character has at most four bytes.)
+        # While a character is incomplete, its text ends in \ufffd. Then wait for more,
+        # up to four tokens, since a character has at most four bytes.
         if text.endswith("\ufffd") and len(pending) < 4:
             strings.append("…")
         else:
@@ -548,14 +547,14 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logits [d_vocab] that the model would give if its residual stream held only
-    what `direction` [d_in] writes into it (the logit lens). The final norm brings all
-    directions to one length, so only the order of the logits has a meaning. None for
-    hooks whose effect on the residual stream is not worked out here."""
+    """The logit lens: logits [d_vocab] of a residual stream that holds nothing but what
+    `direction` [d_in] writes into it. Only their order matters, since the final norm
+    brings all directions to one length. None for hooks that are not worked out here."""
+    in_stream = ("resid_pre", "resid_mid", "resid_post", "_mlp_out", "_attn_out")
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
         direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
-    elif not ("hook_resid" in hook or hook.endswith(("hook_mlp_out", "hook_attn_out"))):
+    elif not hook.endswith(in_stream):
         return None
     # Minus the logits of a zero vector, which are what the biases alone would give
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
@@ -597,7 +596,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
 
     # By default about twenty features, evenly from rare (2e-4 of the tokens) to frequent.
     order = [i for i in frequency.argsort().tolist() if frequency[i] >= 2e-4]
-    chosen = cfg.features or order[::len(order) // 20 + 1]
+    chosen = cfg.features or order[::max(1, len(order) // 20)]
     acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
@@ -631,7 +630,7 @@ def write(path, save):
         save(part)
         os.replace(part, path)
 
-# SAELens's words for: x is not scaled, not reshaped, and the encoder reads x - b_dec.
+# SAELens's keys for what else can be done to x. Here: nothing, but for x - b_dec.
 PLAIN = dict(normalize_activations="none", reshape_activations="none",
              apply_b_dec_to_input=True)
 
@@ -643,7 +642,7 @@ def save_sae(sae, folder, **metadata):
     cfg = dict(  # the keys that SAELens wants
         architecture="jumprelu",  # its name for an SAE with thresholds
         d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu", **PLAIN,
-        metadata=dict(sae_lens_version="6.0.0", **metadata))  # whose format this is
+        metadata=dict(sae_lens_version="6.0.0", **metadata))  # of this format
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
@@ -665,7 +664,8 @@ def load_sae(cls, source):
             if source in PUBLISHED:
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
-        # Whatever else SAELens can do to x or f is refused. (No such key: it is not done.)
+        # What SAELens would compute in another way is refused. (A key that is missing
+        # counts as the value here.)
         for name, value in dict(PLAIN, rescale_acts_by_decoder_norm=False).items():
             found = cfg.get(name, value)
             assert found == value, f"{name} {found} is not read here; try SAELens"
@@ -705,7 +705,7 @@ def load_checkpoint(cfg, sae, adam, buffer):
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
     # Skip about as many rows as the interrupted run used. (Not counted: those that
-    # resample used. And the buffer has just been filled with the first rows again.)
+    # resample used. And train() has just filled the buffer with the first rows again.)
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
@@ -721,7 +721,8 @@ def check_model(cfg, model, rows):
 def check_sae(cfg, sae, d_in):
     for name, wanted in dict(d_in=d_in, d_sae=cfg.d_sae, k=cfg.k).items():
         found = getattr(sae, name)
-        assert wanted in (None, found), f"the SAE has {name} {found}, not {wanted}"
+        fits = wanted in (None, found)  # None: not asked for
+        assert fits, f"the SAE has {name} {found}, not {wanted}"
     assert not (sae.k and cfg.l1), f"--l1 {cfg.l1}: with k there is no L1 term"
     known = all(0 <= i < sae.d_sae for i in cfg.features)
     assert known, f"--features {cfg.features}: there are 0 to {sae.d_sae - 1}"

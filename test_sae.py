@@ -416,6 +416,10 @@ def test_with_k_the_threshold_lets_k_features_pass_and_only_move_threshold_moves
     assert torch.equal(sae.threshold, before)
     sae.move_threshold(10 * x)
     assert (sae.threshold > before).all()
+    for _ in range(100):
+        sae.move_threshold(x, factor=2)
+    assert (sae.encode(x) > 0).float().sum(-1).mean() == pytest.approx(6, rel=0.01)
+    sae.move_threshold(x, factor=1000)                                       # at most all of them
 
 # ---- The unit-norm rule --------------------------------------------------------------------------
 
@@ -520,6 +524,7 @@ def test_no_example_is_drawn_twice_however_huge_and_too_few_are_not_an_error():
     x = torch.tensor([[1.0, 0.0]] * 1000 + [[0.0, 1000.0]] * 3)
     sae, _ = resampled(x, dead=400)
     assert sae.W_dec[:400, 1].sum() == 3
+    resampled(0 * x, dead=400)                                               # no loss at all
     sae, _ = resampled(x, dead=2000)
     assert (sae.b_enc == 0).sum() == len(x) and (sae.b_enc == -1e9).sum() == 2000 - len(x)
 
@@ -852,9 +857,11 @@ def test_each_feature_has_its_frequency_its_tokens_and_its_five_strongest_rows(
                        re.M)
     blocks = [block.splitlines() for block in text.split("\nfeature ")[1:]]
     features = [int(block[0].split(":")[0]) for block in blocks]
-    assert len(features) == 15 and len(peaks) == 75, "every 4th of 60"
+    assert len(features) == 20 and len(peaks) == 100, "every 3rd of 60"
     assert (frequency[features].diff() >= -1e-6).all(), "from rare to frequent"
     assert frequency[features[0]] > 2e-4, "and not too rare to read"
+    evenly = frequency[frequency > 2e-4].sort().values[::3]
+    torch.testing.assert_close(frequency[features], evenly, rtol=0, atol=1e-3)
     for i, (head, up, down, *rest) in zip(features, blocks):
         percent, most = re.search(r"on ([\d.]+)% of tokens, up to ([\d.]+)", head).groups()
         assert float(percent) / 100 == pytest.approx(frequency[i].item(), abs=4e-4)
@@ -1048,6 +1055,9 @@ def bad(tmp_path_factory):
     (folder / "EMPTY").write_text("")
     (folder / "SHORT").write_text("the cat")
     (folder / "BINARY").write_bytes(bytes(range(256)) * 100)
+    (folder / "MIXED").mkdir()
+    (folder / "MIXED" / "1.jsonl").write_text('{"text": "the cat"}')
+    (folder / "MIXED" / "README.md").write_text("the cat " * 500)
     (folder / "PARTLY").mkdir()
     (folder / "PARTLY" / "1.jsonl").write_text('{"text": "the cat"}')
     (folder / "PARTLY" / "2.jsonl").write_text('{"text": "the ca')
@@ -1079,7 +1089,8 @@ def bad(tmp_path_factory):
     ("--hook blocks.1.attn.hook_pattern", "a vector for each token"),
     ("--hook embed.hook_in", "a vector for each token"),
     ("--load /nowhere", "/nowhere"), ("--load GATED", "gated"), ("--load MISFIT", "d_in"),
-    ("--load BINARY", "--load"), ("--load FITS --d-sae 96", "d_sae 48"), ("--out BINARY/x", "BINARY"),
+    ("--load BINARY", "--load"), ("--load FITS --d-sae 96", "d_sae 48"), ("--load FITS --k 4", "k None"),
+    ("--dataset MIXED", ".jsonl"), ("--out BINARY/x", "BINARY"),
     ("--device gpu", "--device gpu"), ("--features 1 64", "0 to 63"),
     ("--features -1", "--features"), ("--features one", "one"), ("--resume", "resume.pt"),
 ])
