@@ -14,7 +14,7 @@ l0: how many features fire on a token, on average. fvu: the fraction of x's vari
 x_hat misses. dead: the fraction of features that fire on none of the held-out tokens.
 
 The SAE itself is in sections 4 to 6; 1 to 3 feed it, 7 and 8 measure and show it, 9
-saves and loads it (skip that at first), 10 puts all in order. A class or function with
+saves and loads it (skip that at first), 10 runs it all. A class or function with
 a line "# Needs:" above it can be copied, with what that line lists.
 """
 
@@ -155,7 +155,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     assert eos is not None, "the tokenizer has no EOS"
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     while True:  # a pass over the data
-        with blame(f"--dataset {dataset}"):  # (not for errors of whoever takes the rows)
+        with blame(f"--dataset {dataset}"):
             tokens = all_tokens(dataset, tokenizer)
             for n in count():
                 row = [bos, *islice(tokens, seq_len - 1)]
@@ -263,7 +263,7 @@ class SparseAutoencoder(torch.nn.Module):
     it is in each x. With a threshold of 0 this is the paper's ReLU, and an L1 penalty
     keeps f sparse. With k there is no penalty: the threshold is kept at such a height
     that, on average, k features per token are above it. (BatchTopK, Bussmann et al. 2024,
-    has none while it trains, but keeps the k * batch largest of each batch.)"""
+    has no threshold while it trains: it keeps the k * batch largest of each batch.)"""
 
     def __init__(self, d_in, d_sae, k=None):
         super().__init__()
@@ -273,8 +273,8 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # The encoder begins as 0.3 times the decoder, transposed, so that x_hat begins near x:
-        # over random directions d, the sum of (x . d) d is about d_sae / d_in times x. ReLU
-        # keeps half of that. With 8 d_in features this makes 8 / 2 * 0.3 = 1.2 x.
+        # for a random direction d, (x . d) d is x / d_in on average; d_sae of them add up to
+        # d_sae / d_in times x. ReLU keeps half: with 8 d_in features, 8 / 2 * 0.3 = 1.2 x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -283,8 +283,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # Detached, or backward() needs the gradient of x - b_dec, one more large product.
-        # project_gradient adds what b_dec lacks, cheaply: a training step has to call it.
+        # b_dec is detached, to save backward() a large product (the gradient of x - b_dec).
+        # project_gradient adds that part of b_dec's gradient, cheaply: a step must call it.
         return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
@@ -310,7 +310,7 @@ class SparseAutoencoder(torch.nn.Module):
     def move_threshold(self, x, factor=1.0):
         """Before a training step: finds the threshold above which factor * k features
         per token of x [n, d_in] would fire on average, and moves a tenth of the way to
-        it, since one batch is noisy. (factor: 8 in the first steps, see schedule.)"""
+        it, since one batch is noisy. (factor: 8 at first, later 1; see schedule.)"""
         k = min(self.d_sae, round(factor * self.k))
         pre = self.pre_activations(x).flatten()  # [n * d_sae]
         target = pre.topk(k * len(x)).values[-1]  # the (k * n)-th largest, a scalar
@@ -334,8 +334,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def normalize(self):
-        """After step(): even a step at a right angle would lengthen a row (Pythagoras).
-        So all go back to length 1."""
+        """After step(): that changed the lengths, too. (Even a step at a right angle
+        would lengthen a row, by Pythagoras.) So all go back to length 1."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # never by 0
 
 # ---- 6. Training ---------------------------------------------------------------------
@@ -381,7 +381,7 @@ def schedule(step, steps):
     lr_factor = warm_up * decay
 
     # 2) At full sparsity from the start, features would die before they have found a use.
-    #    So over half of the run, L1 grows from 0, and k falls from 8 times its value.
+    #    So over the first half of the run, L1 grows from 0, and k falls from 8 times its value.
     growth = min(1.0, 2 * progress)
     k_factor = 8 ** (1 - growth)
 
@@ -704,8 +704,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         assert state["flags"] == flags, f"it is of {state['flags']}, not of {flags}"
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # Skip about as many rows as the interrupted run used. (Not counted: those that
-    # resample used. And train() has just filled the buffer with the first rows again.)
+    # Skip about as many rows as the interrupted run used. (About: resample used some
+    # more. The first rows are in the buffer already, and are trained on a second time.)
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
