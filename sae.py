@@ -608,7 +608,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
             for word, sign in ("up", 1), ("down", -1):
                 top = (sign * effect).topk(8).indices
                 tokens = [visible(model.tokenizer, [token])[0] for token in top]
-                page.print(f"{word:>7}  {'  '.join(tokens)}")
+                line = f"{word:>7}  {'  '.join(tokens)}"
+                page.print(line, no_wrap=True, overflow="ellipsis")
 
         # Its five strongest rows.
         for row in f_i.amax(dim=1).argsort(descending=True)[:5]:
