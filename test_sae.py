@@ -332,15 +332,6 @@ def test_one_long_text_is_tokenized_in_parts(tokenizer, tmp_path):
     assert "".join(parts) == "the cat sat " * 300_000 and max(map(len, parts)) <= 1_000_000
     assert tokens.index(1) == len(tokens) - 1, "EOS stands only at the end"
 
-def test_one_long_text_takes_little_longer_than_its_tokenizer(tokenizer, tmp_path):
-    text = (" ".join(WORDS) + "\n") * 15_000                                 # 1.3 MB
-    (tmp_path / "a.txt").write_text(text)
-    began = time.time()
-    tokenizer(text, split_special_tokens=True)
-    alone = time.time() - began
-    assert len([*S.token_rows(str(tmp_path / "a.txt"), tokenizer, held_out=True)]) > 60
-    assert time.time() - began < 4 * alone + 1
-
 # ---- The activation buffer -----------------------------------------------------------------------
 
 def test_the_buffer_serves_each_activation_once_without_bos_and_mixes_rows(home, model):
