@@ -91,7 +91,7 @@ class Config:
         assert self.steps > 0 or self.load, "--steps 0 only measures; it needs --load"
 
         # Defaults that follow from other flags.
-        if self.load in PUBLISHED:
+        if self.load in PUBLISHED and self.model == "tiny-1l":
             self.model = "gelu-1l"
         usual = {"tiny-1l": "stdlib", "gelu-1l": "NeelNanda/c4-code-tokenized-2b"}
         self.dataset = self.dataset or usual.get(self.model, "monology/pile-uncopyrighted")
@@ -141,7 +141,7 @@ def all_tokens(dataset, tokenizer):
                                  split_special_tokens=True)
                 yield from part["input_ids"]
             yield tokenizer.eos_token_id
-        elif tokens:
+        elif isinstance(tokens, list) and tokens:
             if tokens[0] in (tokenizer.bos_token_id, tokenizer.eos_token_id):
                 tokens = tokens[1:]  # token_rows puts a BOS before each row
             yield from map(int, tokens)  # an error if they are words, not ids
@@ -251,7 +251,7 @@ class ActivationBuffer:
         return self.store[slots].float()  # [batch, d_in]
 
 # ---- 5. The autoencoder --------------------------------------------------------------
-# Needs: torch, F. (save and load are in section 9, with what they need.)
+# Needs: torch, F. (save and load are in section 9; they also need blame and PUBLISHED.)
 class SparseAutoencoder(torch.nn.Module):
     """Writes x as a sparse sum of d_sae directions.
 
@@ -667,9 +667,10 @@ def load_sae(cls, source):
             weights = torch.load(source, map_location="cpu", weights_only=True)
         # What SAELens would compute in another way is refused. (A key that is missing
         # counts as the value here.)
-        for name, value in dict(PLAIN, rescale_acts_by_decoder_norm=False).items():
+        others = dict(rescale_acts_by_decoder_norm=False, activation_fn_str="relu")
+        for name, value in dict(PLAIN, **others).items():
             found = cfg.get(name, value)
-            assert found == value, f"{name} {found} is not read here; try SAELens"
+            assert found in (None, value), f"{name} {found} is not read here; try SAELens"
         architecture = cfg.get("architecture", "standard")
         known = architecture in ("standard", "jumprelu")
         assert known, f"architecture {architecture} is not read here; try SAELens"

@@ -243,7 +243,7 @@ def numbered(folder, more=()):
 def test_ready_made_tokens_are_taken_as_they_are_but_for_a_bos_at_their_beginning(
         tokenizer, tmp_path):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    data = numbered(tmp_path, [None, [], [bos, 5, 6, 7]])                    # two are passed over
+    data = numbered(tmp_path, [None, [], [bos, 5, 6], [eos, 5, 6]])          # two are passed over
     parts = [[]]
     for token in S.all_tokens(data, tokenizer):
         parts[-1].append(token)
@@ -251,7 +251,7 @@ def test_ready_made_tokens_are_taken_as_they_are_but_for_a_bos_at_their_beginnin
             parts.append([])
     assert parts.pop() == [], "EOS is the last"
     right = [[*range(i, i + 1024), eos] for i in range(1000, 1000 + 40 * 1024, 1024)]
-    assert sorted(parts) == [[5, 6, 7, eos], *right]
+    assert sorted(parts) == [[5, 6, eos], [5, 6, eos], *right]
 
 def test_rows_are_bos_and_127_tokens_and_every_32nd_is_held_out_in_every_pass(
         tokenizer, tmp_path):
@@ -265,6 +265,8 @@ def test_rows_are_bos_and_127_tokens_and_every_32nd_is_held_out_in_every_pass(
     stream = S.token_rows(*data)
     assert [next(stream) for _ in range(3 * len(others))] == 3 * others, "without end"
     assert len(next(S.token_rows(*data, seq_len=50))) == 50
+    without_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>")
+    assert next(S.token_rows(data[0], without_bos))[0] == tokenizer.eos_token_id
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory):
@@ -410,7 +412,9 @@ def test_with_k_the_threshold_lets_k_features_pass_and_only_move_threshold_moves
     for _ in range(100):
         sae.move_threshold(x, factor=2)
     assert (sae.encode(x) > 0).float().sum(-1).mean() == pytest.approx(6, rel=0.01)
-    sae.move_threshold(x, factor=1000)                                       # at most all of them
+    for _ in range(100):
+        sae.move_threshold(x, factor=1000)                                   # at most all of them
+    assert 0 <= sae.threshold.min() < 1e-3, "so that f is never negative"
 
 # ---- The unit-norm rule --------------------------------------------------------------------------
 
@@ -538,7 +542,7 @@ def test_a_resampled_feature_reads_and_writes_a_residual_and_adam_forgets_it(k, 
 
 def test_the_schedule():
     lr, l1, more = zip(*(S.schedule(step, 1000) for step in range(1000)))
-    assert lr[0] < 0.02 and min(lr[50:800]) > 0.999 and lr[999] < 0.01 and max(lr) <= 1
+    assert 0 < lr[0] < 0.02 and min(lr[50:800]) > 0.999 and lr[999] < 0.01 and max(lr) <= 1
     assert l1[:3] == (0, 0.002, 0.004) and set(l1[500:800]) == {1} and 0.5 < l1[999] < 0.51
     assert more[0] == 8 and set(more[500:]) == {1} and [*more] == sorted(more, reverse=True)
 
@@ -551,6 +555,16 @@ def test_activations_eight_times_as_large_give_the_same_sae_eight_times(k, tmp_p
         S.train(S.Config(steps=50, k=k, out=str(tmp_path)), sae, Points(scale * x))  # default rates
         x_hats.append(sae(scale * x)[0] / scale)
     torch.testing.assert_close(*x_hats, rtol=1e-3, atol=1e-3)
+
+def test_a_few_huge_x_do_not_set_the_scale(tmp_path, monkeypatch):
+    used, real = [], S.SparseAutoencoder.loss
+    monkeypatch.setattr(S.SparseAutoencoder, "loss",
+                        lambda sae, x, l1=0.0: used.append(l1) or real(sae, x, l1))
+    x = torch.randn(512, 16)
+    for scale in 1, 100:
+        x[:3] *= scale
+        S.train(S.Config(steps=2, out=str(tmp_path)), make_sae(), Points(x))
+    assert used[3] == pytest.approx(used[1], rel=0.3)
 
 @pytest.mark.parametrize("k, factor", [(None, 1.0), (4, 0.5)])
 def test_with_k_the_encoder_moves_at_half_the_rate(k, factor, tmp_path):
@@ -592,6 +606,18 @@ def test_ctrl_c_keeps_what_there_is(k, tmp_path):
     torch.testing.assert_close(saved.state_dict(), sae.state_dict())
     assert not torch.allclose(saved.W_enc, make_sae().W_enc)
     assert read_json(tmp_path, "cfg.json")["k"] == k, "and not what it was inflated to by then"
+
+def test_ctrl_c_between_step_and_normalize_saves_unit_norms(tmp_path, monkeypatch):
+    def step(adam, *args, real=torch.optim.Adam.step, times=iter(range(20))):
+        real(adam, *args)
+        if next(times) == 19:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    sae = make_sae()
+    S.train(S.Config(steps=200, l1=0.1, lr=0.01, out=str(tmp_path)), sae, Points(torch.randn(64, 16)))
+    assert off(sae) < 1e-6
+    torch.testing.assert_close(checkpoint(tmp_path)["sae"], sae.state_dict(), rtol=0, atol=0)
 
 @pytest.mark.parametrize("flags", [("--lr", 1e10), ("--k", 4, "--lr", 1e10)])
 def test_a_run_that_diverges_before_its_first_save_gets_one_line_too(flags, refused):
@@ -708,6 +734,7 @@ def test_round_trip(k, threshold, tmp_path):
     ("normalize_activations", "layer_norm"), ("normalize_activations", "constant_norm_rescale"),
     ("normalize_activations", "expected_average_only_in"), ("reshape_activations", "hook_z"),
     ("apply_b_dec_to_input", False), ("rescale_acts_by_decoder_norm", True),
+    ("activation_fn_str", "topk"), ("activation_fn_str", "tanh-relu"),
     ("architecture", "topk"), ("architecture", "gated"),
 ])
 def test_an_sae_that_is_computed_in_another_way_is_refused_by_name(name, value, tmp_path):
@@ -1022,6 +1049,11 @@ def test_by_default_what_is_loaded_is_left_alone_and_no_two_runs_share_a_folder(
                dict(hook="blocks.0.hook_resid_post"), dict(k=8), dict(k=16), dict(),
                dict(load="run1"), dict(load="run2"), dict(load="runs/x"), dict(model="gelu-1l")]
     assert len({S.Config(**config).out for config in configs}) == len(configs)
+    assert S.Config(load="run1").model == "gelu-1l" and S.Config(load="run1", model="x").model == "x"
+
+def test_several_processes_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert "torchrun" in refused("--steps", 3)
 
 def test_a_residual_stream_hook_and_k(run, tmp_path, capsys):
     run("--hook", "blocks.1.hook_resid_post", "--k", 4)
@@ -1129,4 +1161,4 @@ def test_a_training_step_is_little_more_than_its_five_matrix_products(k, limit, 
             seconds.append(time.perf_counter() - start)
     one, products = (sorted(seconds)[15] for seconds in times.values())
     print(f"\nk={k}: one step / its five matrix products: {one / products:.2f}")
-    assert one / products < limit, "1.20 to 1.23 and 1.27 to 1.34 were measured"
+    assert one / products < limit, "1.17 to 1.19 and 1.22 to 1.30 were measured"
