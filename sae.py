@@ -12,10 +12,11 @@ ce: the model's cross-entropy. ce_sae, ce_zero, ce_mean: what it is if x is repl
 x_hat, by zeros, by the mean of x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce).
 l0: how many features fire on a token, on average. fvu: the fraction of x's variance that
 x_hat misses. dead: the fraction of features that fire on none of the held-out tokens.
+decoder norms: the lengths of W_dec's rows, kept at 1.
 
 The SAE itself is in sections 4 to 6; 1 to 3 feed it, 7 and 8 measure and show it, 9
-saves and loads it (skip that at first), 10 runs it all. A class or function with
-a line "# Needs:" above it can be copied, with what that line lists.
+saves and loads it (skip that at first), 10 runs it all. A class or function with a line
+"# Needs:" above it can be copied, with what that line lists.
 """
 
 import glob
@@ -53,7 +54,7 @@ def blame(what):
         raise ValueError(f"{what}: {error}") from error
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # SAEs of the first replication
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's, of gelu-1l
 
 @dataclass
 class Config:
@@ -587,7 +588,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
 
     # The paper's histogram of feature densities, from 1e-5 to 1: four bars for each
     # factor of ten.
-    page.print("How many features fire on what share of tokens (left: a bar's lower end)")
+    page.print("How many features fire on what share of tokens (left: where a bar begins)")
     exponents = frequency[frequency > 0].log10()
     counts = exponents.histc(20, min=-5, max=0).int().tolist()
     for i, n in enumerate(counts):
@@ -601,7 +602,8 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {f_i.max():.2f}"
+        most = f_i.max().abs()  # abs: of a silent feature, f may be -0.0
+        head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
         if effect is not None:
@@ -643,7 +645,7 @@ def save_sae(sae, folder, **metadata):
     cfg = dict(  # the keys that SAELens wants
         architecture="jumprelu",  # its name for an SAE with thresholds
         d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu", **PLAIN,
-        metadata=dict(sae_lens_version="6.0.0", **metadata))  # of this format
+        metadata=dict(sae_lens_version="6.0.0", **metadata))  # the format's
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
@@ -665,6 +667,7 @@ def load_sae(cls, source):
             if source in PUBLISHED:
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
+
         # What SAELens would compute in another way is refused. (A key that is missing
         # counts as the value here.)
         others = dict(rescale_acts_by_decoder_norm=False, activation_fn_str="relu")
@@ -674,6 +677,7 @@ def load_sae(cls, source):
         architecture = cfg.get("architecture", "standard")
         known = architecture in ("standard", "jumprelu")
         assert known, f"architecture {architecture} is not read here; try SAELens"
+
         d_in, d_sae = weights["W_enc"].shape
         sae = cls(d_in, d_sae, cfg.get("k"))
         weights.setdefault("threshold", sae.threshold)  # a ReLU SAE has none: 0
@@ -734,7 +738,8 @@ def run(cfg):
     assert "RANK" not in os.environ, "it trains in one process: start it without torchrun"
     torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
     torch.manual_seed(cfg.seed)
-    device = cfg.device or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = cfg.device or str(best)
     with blame(f"--device {device}"):
         torch.zeros(1, device=device)  # fails if there is no such device
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
