@@ -273,9 +273,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 times the decoder, transposed, so that x_hat begins near x:
-        # for a random direction d, (x . d) d is x / d_in on average; d_sae of them add up to
-        # d_sae / d_in times x. ReLU keeps half: with 8 d_in features, 8 / 2 * 0.3 = 1.2 x.
+        # The encoder begins as 0.3 times the decoder, transposed. Then x_hat begins near x, if
+        # d_sae is 8 d_in, as usual: the sum of (x . d) d over so many random directions d is
+        # about 8 x. ReLU keeps half of it, 4 x, and 0.3 makes that 1.2 x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
