@@ -54,7 +54,7 @@ def blame(what):
         raise ValueError(f"{what}: {error}") from error
 
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
-PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's, of gelu-1l
+PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's two SAEs
 
 @dataclass
 class Config:
@@ -273,9 +273,10 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 times the decoder, transposed. Then x_hat begins near x, if
-        # d_sae is 8 d_in, as usual: the sum of (x . d) d over so many random directions d is
-        # about 8 x. ReLU keeps half of it, 4 x, and 0.3 makes that 1.2 x.
+        # The encoder begins as 0.3 times the decoder, transposed. With the usual 8 d_in
+        # features, x_hat then begins near x: the sum of (x . d) d over so many random
+        # directions d is about 8 x. ReLU keeps those with x . d > 0, and so half of that,
+        # 4 x; and 0.3 times 4 x is about x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -284,8 +285,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # b_dec is detached, to save backward() a large product (the gradient of x - b_dec).
-        # project_gradient adds that part of b_dec's gradient, cheaply: a step must call it.
+        # b_dec is detached, or backward() would compute the gradient of x - b_dec, a product
+        # as large as this one, only to sum it over the batch. What b_dec's gradient lacks
+        # then, project_gradient adds more cheaply: each step must call it.
         return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
@@ -326,8 +328,8 @@ class SparseAutoencoder(torch.nn.Module):
         """Before step(): takes out the part of each row's gradient that could only
         change its length. Left in, it would fill Adam's moments and distort later
         steps. (Also completes the gradient of b_dec.)"""
-        # What b_dec gets through pre = x @ W_enc + (b_enc - b_dec @ W_enc): by the
-        # chain rule, -W_enc times the gradient of b_enc.
+        # In pre, b_dec only shifts b_enc: pre = x @ W_enc + (b_enc - b_dec @ W_enc). By
+        # the chain rule, what it gets from there is -W_enc times the gradient of b_enc.
         self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
 
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
@@ -360,6 +362,7 @@ def resample(sae, adam, dead, x):
     length = sae.W_enc[:, ~dead].norm(dim=0).mean().nan_to_num(1.0)  # 1 if all are dead
     if not sae.k:
         length *= 0.2
+        sae.threshold[revived] = 0.0  # a loaded SAE may have another
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = 0.0
@@ -401,9 +404,10 @@ def train(cfg, sae, buffer):
     usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
     assert usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike"
 
-    # Adam's steps do not grow with x. That suits W_enc and W_dec, but biases are in units of
-    # x: their rate is lr times a typical entry of x - mean. With k, W_enc has half the rate:
-    # far fewer features die (found by experiment). Below, a group's rate is lr times scale.
+    # Adam moves each weight by about lr, however large x is. That suits W_enc and W_dec:
+    # if x doubles, they can stay as they are, and f doubles. But biases have to double, so
+    # their rate is lr times a typical entry of x - mean. With k, W_enc has half the rate:
+    # far fewer features die (found by experiment). "scale" is our own key, for the loop.
     bias_scale = spread / sae.d_in ** 0.5
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
@@ -426,9 +430,10 @@ def train(cfg, sae, buffer):
     l1 = cfg.l1
     if l1 is None:
         l1 = 0.0 if sae.k else 0.07 * spread * stretch ** (1 / 6)
+    print(f"peak learning rate {lr:.3g}, L1 weight {l1:.3g}")
 
     steps_silent = torch.zeros_like(sae.b_enc)  # [d_sae], since a feature last fired
-    patience = max(10, cfg.steps // 20)  # silent for so many steps, it counts as dead
+    patience = max(10, cfg.steps // 20)  # steps silent until dead, and between looks
 
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
@@ -548,13 +553,15 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """The logit lens: logits [d_vocab] of a residual stream that holds nothing but what
-    `direction` [d_in] writes into it. Only their order matters, since the final norm
-    brings all directions to one length. None for hooks that are not worked out here."""
+    """Which tokens a feature makes more likely, by the "logit lens": the final norm and
+    the unembedding of a residual stream that is nothing but what the feature's
+    `direction` [d_in] writes into it. Returns logits [d_vocab], of which only the order
+    means anything; None for hooks that are not worked out here."""
     in_stream = ("resid_pre", "resid_mid", "resid_post", "_mlp_out", "_attn_out")
     if hook.endswith("mlp.hook_post"):
         layer = int(hook.split(".")[1])
-        direction = direction @ model.blocks[layer].mlp.W_out.float()  # [d_model]
+        W_out = model.blocks[layer].mlp.W_out.float()  # [d_mlp, d_model]
+        direction = direction @ W_out  # [d_model]
     elif not hook.endswith(in_stream):
         return None
     # Minus the logits of a zero vector, which are what the biases alone would give
@@ -602,7 +609,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = f_i.max().abs()  # abs: of a silent feature, f may be -0.0
+        most = f_i.max().abs()  # abs: a silent feature has -0.0 (negative * False)
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -633,7 +640,7 @@ def write(path, save):
         save(part)
         os.replace(part, path)
 
-# SAELens's keys for what else can be done to x. Here: nothing, but for x - b_dec.
+# SAELens can do more to x than subtract b_dec. These keys say that nothing more is done.
 PLAIN = dict(normalize_activations="none", reshape_activations="none",
              apply_b_dec_to_input=True)
 
@@ -645,7 +652,7 @@ def save_sae(sae, folder, **metadata):
     cfg = dict(  # the keys that SAELens wants
         architecture="jumprelu",  # its name for an SAE with thresholds
         d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu", **PLAIN,
-        metadata=dict(sae_lens_version="6.0.0", **metadata))  # the format's
+        metadata=dict(sae_lens_version="6.0.0", **metadata))  # of this format
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"
@@ -668,8 +675,8 @@ def load_sae(cls, source):
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
 
-        # What SAELens would compute in another way is refused. (A key that is missing
-        # counts as the value here.)
+        # An SAE that does anything else would be computed wrongly here, so it is refused.
+        # (A key that is missing means that it does not.)
         others = dict(rescale_acts_by_decoder_norm=False, activation_fn_str="relu")
         for name, value in dict(PLAIN, **others).items():
             found = cfg.get(name, value)

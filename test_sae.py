@@ -533,6 +533,8 @@ def test_a_resampled_feature_reads_and_writes_a_residual_and_adam_forgets_it(k, 
     assert torch.cdist(sae.W_dec[:dead], error).min(1).values.max() < 1e-3
     torch.testing.assert_close(sae.W_enc[:, :dead], length * sae.W_dec[:dead].T)
     assert (sae.b_enc[:dead] == 0).all() and (sae.b_enc[dead:] == -1e9).all()
+    threshold = 0.5 if k else 0.0                                            # with k, all have one
+    assert (sae.threshold[:dead] == threshold).all() and (sae.threshold[dead:] == 0.5).all()
     for moment in ("exp_avg", "exp_avg_sq"):
         W_dec, W_enc, b_enc = (adam.state[p][moment] for p in (sae.W_dec, sae.W_enc, sae.b_enc))
         for state in (W_dec, W_enc.T, b_enc):
