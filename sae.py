@@ -45,14 +45,6 @@ from tqdm import tqdm
 # Wraps a model: each of its activations has a name, by which a hook can read or replace it.
 from transformer_lens.model_bridge import TransformerBridge
 
-@contextmanager
-def blame(what):
-    """Puts `what`, say a flag, in front of the message of any error raised inside."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{what}: {error}") from error
-
 # ---- 1. Config: tyro makes each field a flag, and its comment the flag's help --------
 PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's two SAEs
 
@@ -148,7 +140,15 @@ def all_tokens(dataset, tokenizer):
             yield from map(int, tokens)  # an error if they are words, not ids
             yield tokenizer.eos_token_id
 
-# Needs: all of section 2, blame, and their imports.
+@contextmanager
+def blame(what):
+    """Puts `what`, say a flag, in front of the message of any error raised inside."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {error}") from error
+
+# Needs: all of section 2, and the imports that it uses.
 def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
     """Yields rows of tokens, lists [seq_len] that begin with BOS. Rows 0, 32, 64, ... are
     held out: held_out=True yields only these, once; False all the others, endlessly."""
