@@ -96,26 +96,30 @@ class Config:
                 self.out += f"-from-{Path(self.load).name}"
 
 # ---- 2. Data: rows of tokens, from text or from ready-made tokens --------------------
-TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TABLES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
+          ".parquet": "parquet"}
 
 def open_dataset(name):
     """A stream of examples (dicts), from files or from the Hub. See Config.dataset."""
     if name == "stdlib":  # the source of Python's own library, which everybody has
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
-        name += "/**"
+        name = glob.escape(name) + "/**"  # (escape: it may have brackets in it)
     files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
     if not files:  # a name on the Hub: "a:b" -> "a", "b", ""
         name, subset, split = (name.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
 
-    suffixes = {Path(file.removesuffix(".gz")).suffix for file in files}
+    # (load_dataset unpacks .gz and .zst.)
+    unpacked = [file.lower().removesuffix(".gz").removesuffix(".zst") for file in files]
+    suffixes = {Path(file).suffix for file in unpacked}
     kinds = {TABLES.get(suffix, "text") for suffix in suffixes}
     assert len(kinds) == 1, f"it holds {suffixes}: choose, as in 'folder/*.txt'"
     kind = kinds.pop()
     options = {}
     if kind == "text":  # each file is an example
         options = dict(sample_by="document", encoding_errors="replace")
+    files = [glob.escape(file) for file in files]  # load_dataset looks for patterns
     return load_dataset(kind, data_files=files, split="train", streaming=True, **options)
 
 def all_tokens(dataset, tokenizer):
@@ -126,7 +130,7 @@ def all_tokens(dataset, tokenizer):
         assert found, f"no column text or tokens, but {list(example)}"
         text = example.get("text")
         tokens = example.get("tokens") or example.get("input_ids")  # ready-made
-        if text:
+        if isinstance(text, str) and text:
             # In parts, because a tokenizer takes nearly 200 times the memory of its text.
             # (split_special_tokens: if a text says <|endoftext|>, that is not an EOS.)
             for start in range(0, len(text), 1_000_000):
@@ -180,7 +184,8 @@ def load_model(name, device="cpu"):
     elif name == "tiny-1l":
         name = str(Path(__file__).parent / "assets" / "tiny-1l")
         assert os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another"
-    return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
+    with blame(f"--model {name}"):
+        return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
 
 class Reached(Exception):
     """Ends the forward pass at the hook, for the rest is not needed; carries x out."""
@@ -194,10 +199,9 @@ def get_activations(model, hook, tokens):
 
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook, stop)])
+        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     except Reached as reached:
         act = reached.args[0]
-    else:  # stop was never called
-        raise ValueError(f"--hook {hook} is not reached by the forward pass")
     fits = act.dim() > 2 and act.shape[:2] == tokens.shape
     assert fits, f"--hook {hook}: {list(act.shape)} is not a vector for each token"
     return act.flatten(2).float()  # attention heads, if any, are concatenated
@@ -540,7 +544,9 @@ def visible(tokenizer, tokens):
     pending = []  # tokens of a character that is not complete
     for token in tokens:
         pending.append(int(token))
-        text = tokenizer.decode(pending)
+        # (After EOS, because at the start some tokenizers drop a space.)
+        text = tokenizer.decode([tokenizer.eos_token_id, *pending])
+        text = text.removeprefix(tokenizer.eos_token)
         # While a character is incomplete, its text ends in \ufffd. Then wait for more,
         # up to four tokens, since a character has at most four bytes.
         if text.endswith("\ufffd") and len(pending) < 4:
@@ -559,8 +565,10 @@ def logit_effect(model, hook, direction):
     means anything; None for hooks that are not worked out here."""
     in_stream = ("resid_pre", "resid_mid", "resid_post", "_mlp_out", "_attn_out")
     if hook.endswith("mlp.hook_post"):
-        layer = int(hook.split(".")[1])
-        W_out = model.blocks[layer].mlp.W_out.float()  # [d_mlp, d_model]
+        block = model.blocks[int(hook.split(".")[1])]
+        if hasattr(block, "ln2_post"):  # Gemma has a norm between the MLP and the stream
+            return None
+        W_out = block.mlp.W_out.float()  # [d_mlp, d_model]
         direction = direction @ W_out  # [d_model]
     elif not hook.endswith(in_stream):
         return None
@@ -605,7 +613,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     # By default about twenty features, evenly from rare (2e-4 of the tokens) to frequent.
     order = [i for i in frequency.argsort().tolist() if frequency[i] >= 2e-4]
     chosen = cfg.features or order[::max(1, len(order) // 20)]
-    acts = [get_activations(model, cfg.hook, part) for part in rows.split(16)]
+    acts = (get_activations(model, cfg.hook, part) for part in rows.split(16))
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]

@@ -18,16 +18,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import zstandard
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.decoders import Sequence, Strip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM,
@@ -283,16 +286,21 @@ def kinds(tmp_path_factory):
     table.add_column("tokens", [400] * 12).to_parquet(folder / "count.parquet")
     with_null = [part for text in texts for part in (text, None)]
     Dataset.from_dict({"text": with_null}).to_parquet(folder / "null.parquet")
-    (folder / "two").mkdir()
+    (folder / "two" / "more").mkdir(parents=True)
     table.select(range(5)).to_json(folder / "two" / "a.jsonl")
-    table.select(range(5, 12)).to_json(folder / "two" / "b.jsonl")
-    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.write((folder / "a.jsonl").read_text())
+    table.select(range(5, 12)).to_json(folder / "two" / "more" / "b.jsonl")
+    jsonl = (folder / "a.jsonl").read_bytes()
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl))
+    (folder / "D.JSONL").write_bytes(jsonl)
+    (folder / "e.ndjson").write_bytes(jsonl)
+    shutil.copytree(folder / "txt", folder / "new [1]")
+    (folder / "new [1]" / "00.txt").rename(folder / "new [1]" / "0[1].txt")  # beside 01.txt
     return folder
 
 @pytest.mark.parametrize("name", [
     "txt", "t?t/*.txt", "a.json", "a.jsonl", "a.csv", "a.parquet", "count.parquet",
-    "null.parquet", "two/*.jsonl", "two", "b.jsonl.gz"])
+    "null.parquet", "two/**", "two", "b.jsonl.gz", "c.jsonl.zst", "D.JSONL", "e.ndjson", "new [1]"])
 def test_the_text_and_it_alone_is_read_whatever_files_it_is_in(name, tokenizer, kinds):
     tokens = [*S.all_tokens(f"{kinds}/{name}", tokenizer)]
     shown = tokenizer.decode(tokens).split("<eos>")
@@ -304,6 +312,14 @@ def test_a_folder_and_a_glob_give_the_same_tokens_in_whatever_order_the_disk_has
     found = S.glob.glob
     monkeypatch.setattr(S.glob, "glob", lambda *args, **more: found(*args, **more)[::-1])
     assert tokens == [*S.all_tokens(f"{kinds}/t?t/*.txt", tokenizer)]
+
+@pytest.mark.parametrize("name, arguments", [
+    ("a/b", ("a/b", None, "train")), ("a/b:c", ("a/b", "c", "train")),
+    ("a/b::test", ("a/b", None, "test")), ("a/b:c:test", ("a/b", "c", "test"))])
+def test_what_is_no_file_is_a_name_on_the_hub_with_subset_and_split(name, arguments, monkeypatch):
+    monkeypatch.setattr(S, "load_dataset", lambda name, subset, split, streaming: (
+        streaming and (name, subset, split)))
+    assert S.open_dataset(name) == arguments
 
 def test_text_that_writes_a_special_token_or_is_not_utf8_is_text(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes("the <bos> cat <eos> caf\xe9 ".encode("latin-1") * 500)
@@ -346,7 +362,12 @@ def test_the_buffer_serves_each_activation_once_without_bos_and_mixes_rows(home,
 
     get_activations = lambda tokens: S.get_activations(model, HOOK, tokens)
     buffer = S.ActivationBuffer(get_activations, keep(), 256, 8, "cpu")
-    served = torch.cat([buffer.next() for _ in range(20)])
+    served, drawn = [], []
+    for _ in range(20):
+        served.append(buffer.next())
+        drawn.append(len(seen))
+    assert len(set(drawn)) == 5 and drawn[0::4] == drawn[3::4], "refilled when half is served"
+    served = torch.cat(served)
     assert served.shape == (20 * 256, 64) and served.dtype == torch.float32
     act = get_activations(torch.tensor(seen[1:]))                            # the first is a probe
     nearest = torch.cdist(served, act[:, 1:].flatten(0, 1)).min(-1)
@@ -409,8 +430,12 @@ def test_with_k_the_threshold_lets_k_features_pass_and_only_move_threshold_moves
     assert torch.equal(sae.threshold, before)
     sae.move_threshold(10 * x)
     assert (sae.threshold > before).all()
+    before = sae.threshold.clone()
+    sae.move_threshold(x, factor=2)
+    first_move = sae.threshold - before
     for _ in range(100):
         sae.move_threshold(x, factor=2)
+    torch.testing.assert_close(first_move, 0.1 * (sae.threshold - before), rtol=1e-3, atol=1e-5)
     assert (sae.encode(x) > 0).float().sum(-1).mean() == pytest.approx(6, rel=0.01)
     for _ in range(100):
         sae.move_threshold(x, factor=1000)                                   # at most all of them
@@ -490,6 +515,8 @@ def test_silent_for_a_twentieth_of_the_run_is_dead_but_not_near_the_end_nor_from
     cfg = S.Config(steps=400, l1=0.1, out=str(tmp_path))
     done = S.train(cfg, sae, points)
     assert steps == [20, 40, 60] and 60 < done < 79
+    logged = [json.loads(line)["silent"] for line in open(tmp_path / "train.jsonl")]
+    assert logged[0] == 0 and 8 / 48 <= logged[1] < 1, "at step 25, as a share of all"
     cfg.resume = True
     S.train(cfg, sae, points)
     assert steps[3:] == [*range(100, 340, 20)], "80 is less than 20 steps after"
@@ -546,7 +573,27 @@ def test_the_schedule():
     lr, l1, more = zip(*(S.schedule(step, 1000) for step in range(1000)))
     assert 0 < lr[0] < 0.02 and min(lr[50:800]) > 0.999 and lr[999] < 0.01 and max(lr) <= 1
     assert l1[:3] == (0, 0.002, 0.004) and set(l1[500:800]) == {1} and 0.5 < l1[999] < 0.51
-    assert more[0] == 8 and set(more[500:]) == {1} and [*more] == sorted(more, reverse=True)
+    assert more[0] == 8 and more[250] == pytest.approx(8 ** 0.5) and set(more[500:]) == {1} and [*more] == sorted(more, reverse=True)
+
+def test_k_comes_down_as_the_schedule_says(tmp_path, monkeypatch):
+    factors = []
+    monkeypatch.setattr(S.SparseAutoencoder, "move_threshold",
+                        lambda sae, x, factor: factors.append(factor))
+    S.train(S.Config(steps=10, k=4, out=str(tmp_path)), make_sae(k=4), Points(torch.randn(64, 16)))
+    assert factors == [S.schedule(step, 10)[2] for step in range(10)]
+
+@pytest.mark.parametrize("steps, d_sae, k, lr, l1", [
+    (1000, 48, None, 0.27 / 48 ** 0.5, 0.07), (1000, 192, 4, 0.27 / 192 ** 0.5, 0.0),
+    (12_000, 48, None, 0.27 / 48 ** 0.5 / 8 ** (1 / 3), 0.07 * 8 ** (1 / 6))])
+def test_the_default_rate_and_l1_weight_and_that_they_are_printed(
+        steps, d_sae, k, lr, l1, tmp_path, capsys):
+    x = torch.randn(512, 16)
+    points = at_call(2, Points(x), lambda: throw(ValueError("enough")))
+    with pytest.raises(ValueError, match="enough"):
+        S.train(S.Config(steps=steps, k=k, out=str(tmp_path)), make_sae(k, d_sae=d_sae), points)
+    spread = (x - x.mean(0)).norm(dim=1).median().item()
+    shown = re.match(r"peak learning rate (\S+), L1 weight (\S+)\n", capsys.readouterr().out)
+    assert [float(number) for number in shown.groups()] == pytest.approx([lr, l1 * spread], rel=0.01)
 
 @pytest.mark.parametrize("k", [None, 4])
 def test_activations_eight_times_as_large_give_the_same_sae_eight_times(k, tmp_path):
@@ -812,6 +859,19 @@ def test_tokens_are_shown_as_they_are(token, right):
     shown = S.visible(tokenizer, torch.tensor(ids))
     assert "".join(shown) == right and len(shown) == len(ids)
 
+def test_a_tokenizer_that_drops_the_first_space_shows_spaces_all_the_same():
+    tokenizer = make_tokenizer([])
+    bpe = tokenizer.backend_tokenizer
+    bpe.decoder = Sequence([bpe.decoder, Strip(" ", 1, 0)])                  # like that of Llama 2
+    assert "".join(S.visible(tokenizer, tokenizer(" a b")["input_ids"])) == "·a·b"
+
+@pytest.mark.parametrize("peak, shown", [(3, range(1, 21)), (60, range(48, 68)), (99, range(87, 100))])
+def test_an_example_is_the_twenty_tokens_around_its_peak_without_bos(peak, shown):
+    f = torch.zeros(100)
+    f[peak] = 7.5
+    line = S.example([f"<{i}>" for i in range(100)], f)
+    assert line.plain.split() == ["7.50", "".join(f"<{i}>" for i in shown)]
+
 @pytest.fixture
 def reported(model, rows, tmp_path, monkeypatch, capsys):
     """frequency, chosen, dataset -> a report on the neurons: as text, as a page, its metrics"""
@@ -868,6 +928,8 @@ def test_each_feature_has_its_frequency_its_tokens_and_its_five_strongest_rows(
         effects = (norm(W) - norm(0 * W)) @ gpt.get_output_embeddings().weight.T  # [64, d_vocab]
 
     assert S.logit_effect(model, "blocks.1.attn.hook_z", W[0]) is None
+    gemma = SimpleNamespace(blocks=[SimpleNamespace(ln2_post="a norm after the MLP")])
+    assert S.logit_effect(gemma, "blocks.0.mlp.hook_post", W[0]) is None
     for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.0.hook_attn_out"):
         for direction, effect in zip(W, effects):
             torch.testing.assert_close(S.logit_effect(model, hook, direction), effect)
@@ -1021,6 +1083,8 @@ def test_from_the_command_line_to_the_files_and_twice_the_same(run, tmp_path, ho
     assert set(a) == set("loss_recovered ce ce_sae ce_zero ce_mean l0 fvu dead steps tokens".split())
     assert a["steps"] == 60 and a["tokens"] == 60 * 256 and a["fvu"] < 0.5
     assert a == b, "the same seed, the same numbers"
+    run("--steps", 60, "--d-sae", 128, "--out", tmp_path / "other", "--seed", 1)
+    assert read_json(tmp_path, "other", "metrics.json")["fvu"] != a["fvu"]
     assert {"cfg.json", "sae_weights.safetensors", "train.jsonl", "report.html", "resume.pt",
             "metrics.json"} <= set(contents(tmp_path / "a"))
     metadata = read_json(tmp_path, "a", "cfg.json")["metadata"]
@@ -1037,6 +1101,7 @@ def test_from_the_command_line_to_the_files_and_twice_the_same(run, tmp_path, ho
     torch.testing.assert_close(*(load_file(tmp_path / out / "sae_weights.safetensors")
                                  for out in ("a", "c")))
     assert contents(tmp_path / "a") == before, "what is loaded is left alone"
+    assert read_json(tmp_path, "c", "cfg.json")["metadata"]["hook_name"] == HOOK
 
 def test_by_default_what_is_loaded_is_left_alone_and_no_two_runs_share_a_folder(
         home, tmp_path, monkeypatch):
@@ -1052,6 +1117,20 @@ def test_by_default_what_is_loaded_is_left_alone_and_no_two_runs_share_a_folder(
                dict(load="run1"), dict(load="run2"), dict(load="runs/x"), dict(model="gelu-1l")]
     assert len({S.Config(**config).out for config in configs}) == len(configs)
     assert S.Config(load="run1").model == "gelu-1l" and S.Config(load="run1", model="x").model == "x"
+
+def test_without_flags_the_features_are_eight_times_d_in_and_the_data_suit_the_model(
+        home, tmp_path):
+    S.main(["--model", f"{home}/model", "--dataset", f"{home}/*.txt", "--device", "cpu", "--hook",
+            HOOK, "--steps", "1", "--out", str(tmp_path)])
+    assert S.SparseAutoencoder.load(tmp_path).W_dec.shape == (8 * 64, 64)
+    assert S.Config().dataset == "stdlib" and "pile" in S.Config(model="gpt2").dataset
+    assert "c4-code" in S.Config(model="gelu-1l").dataset
+
+def test_an_interrupted_run_reports_the_steps_that_were_done(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(S, "train", lambda cfg, sae, buffer: 7)
+    run("--steps", 20)
+    metrics = read_json(tmp_path, "out", "metrics.json")
+    assert metrics["steps"] == 7 and metrics["tokens"] == 7 * 256
 
 def test_several_processes_are_refused(refused, monkeypatch):
     monkeypatch.setenv("RANK", "0")
@@ -1091,6 +1170,7 @@ def bad(tmp_path_factory):
     Dataset.from_dict({"tokens": [[-100] * 128] * 9}).to_json(folder / "NEGATIVE.jsonl")
     Dataset.from_dict({"tokens": [["the", "cat"] * 64] * 9}).to_json(folder / "WORDS.jsonl")
     Dataset.from_dict({"words": ["the cat"]}).to_json(folder / "COLUMNS.jsonl")
+    Dataset.from_dict({"text": [["the", "cat"]] * 99}).to_json(folder / "LISTS.jsonl")
     make_sae().save(folder / "MISFIT")
     make_sae(d_in=64).save(folder / "FITS")
     make_sae(d_in=64).save(folder / "GATED")
@@ -1104,11 +1184,12 @@ def bad(tmp_path_factory):
     ("--l1 nan", "--l1"), ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--nonsense", "--nonsense"),
     ("--d-sae 0", "--d-sae"), ("--l1 -1", "--l1"), ("--k 4 --l1 1", "--l1"), ("--seq-len 1", "BOS"),
     ("--steps -5 --load FITS", "--steps"),
-    ("--model /nowhere/model", "/nowhere/model"), ("--dataset nowhere-*.txt", "nowhere-*.txt"),
+    ("--model /nowhere/model", "--model /nowhere/model"), ("--dataset nowhere-*.txt", "nowhere-*.txt"),
     ("--dataset /nowhere.txt", "/nowhere.txt"), ("--dataset EMPTY", "short"),
     ("--dataset SHORT", "short"), ("--dataset COLUMNS.jsonl", "COLUMNS"),
     ("--dataset BEYOND.jsonl", "BEYOND"), ("--dataset NEGATIVE.jsonl", "NEGATIVE"),
     ("--dataset WORDS.jsonl", "WORDS"), ("--dataset PARTLY", "PARTLY"),
+    ("--dataset LISTS.jsonl", "LISTS"),
     ("--hook blocks.1.mlp.hook_pots", "blocks.1.mlp.hook_post"),
     ("--hook blocks.9.mlp.hook_post", "blocks.1.mlp.hook_post"),
     ("--hook blocks.1.attn.hook_pattern", "a vector for each token"),
