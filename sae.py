@@ -175,8 +175,7 @@ def token_rows(dataset, tokenizer, seq_len=128, held_out=False):
 
 # ---- 3. The language model -----------------------------------------------------------
 def load_model(name, device="cpu"):
-    """A frozen TransformerBridge. On CUDA in bfloat16: half the memory, and faster."""
-    dtype = torch.bfloat16 if "cuda" in str(device) else torch.float32
+    """A frozen TransformerBridge, in float32"""
     boot = TransformerBridge.boot_transformers  # any model that transformers can load
     if name == "gelu-1l":
         name = "NeelNanda/GELU_1L512W_C4_Code"
@@ -185,7 +184,7 @@ def load_model(name, device="cpu"):
         name = str(Path(__file__).parent / "assets" / "tiny-1l")
         assert os.path.isdir(name), f"{name} is missing: give --model gelu-1l, or another"
     with blame(f"--model {name}"):
-        return boot(name, device=device, dtype=dtype).eval().requires_grad_(False)
+        return boot(name, device=device).eval().requires_grad_(False)
 
 class Reached(Exception):
     """Ends the forward pass at the hook, for the rest is not needed; carries x out."""
@@ -221,15 +220,13 @@ class ActivationBuffer:
         probe = activations_of(torch.tensor([next(rows)], device=device))  # for the shapes
         self.per_row = probe.shape[1] - 1  # BOS is the same in all rows and left out
         self.d_in = probe.shape[2]
-        # Half the memory on CUDA, where load_model's models compute in bfloat16 anyway
-        dtype = torch.bfloat16 if probe.is_cuda else torch.float32
 
         # Nothing in `store` ever moves, since shuffling it would take twice its memory.
         # `order` says in which order its positions are served. If order is 2 0 3 1, and
         # served is 2, then positions 2 and 0 may be overwritten, and 3 is next. At the
         # start all count as served, so that the first next() fills them.
         size = n_batches * batch_size
-        self.store = torch.empty(size, self.d_in, dtype=dtype, device=device)
+        self.store = torch.empty(size, self.d_in, dtype=probe.dtype, device=device)
         self.order = torch.arange(size, device=device)
         self.served = size
 
@@ -243,7 +240,7 @@ class ActivationBuffer:
             act = self.activations_of(tokens)  # [n_rows, seq_len, d_in]
             act = rearrange(act[:, 1:], "row pos d_in -> (row pos) d_in")
             # (The last row may have more tokens than there are slots left.)
-            self.store[slots] = act[:len(slots)].to(self.store.dtype)
+            self.store[slots] = act[:len(slots)]
         # Drawn on the CPU, for the same order on every device
         self.order = torch.randperm(len(self.store)).to(self.store.device)
         self.served = 0
@@ -568,13 +565,12 @@ def logit_effect(model, hook, direction):
         block = model.blocks[int(hook.split(".")[1])]
         if hasattr(block, "ln2_post"):  # Gemma has a norm between the MLP and the stream
             return None
-        W_out = block.mlp.W_out.float()  # [d_mlp, d_model]
-        direction = direction @ W_out  # [d_model]
+        direction = direction @ block.mlp.W_out  # [d_model], by W_out [d_mlp, d_model]
     elif not hook.endswith(in_stream):
         return None
     # Minus the logits of a zero vector, which are what the biases alone would give
     both = torch.stack([direction, torch.zeros_like(direction)])  # [2, d_model]
-    logits = model.unembed(model.ln_final(both.to(model.cfg.dtype))).float()  # [2, d_vocab]
+    logits = model.unembed(model.ln_final(both))  # [2, d_vocab]
     return logits[0] - logits[1]
 
 def example(strings, f):

@@ -1014,11 +1014,13 @@ def test_get_activations_and_evaluate_can_be_lifted_out_and_keep_no_graph(home, 
     metrics, frequency = evaluate(unfrozen, HOOK, lambda x: (x, x), rows)
     assert metrics["loss_recovered"] == pytest.approx(1, abs=1e-4) and no_graph(frequency)
 
-def test_the_buffer_can_be_lifted_out_and_keeps_no_graph():
-    embed = torch.nn.Embedding(300, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_buffer_can_be_lifted_out_and_keeps_no_graph(dtype):
+    embed = torch.nn.Embedding(300, 8, dtype=dtype)
     rows = iter(torch.randint(300, (999, 128)).tolist())
     buffer = lifted("ActivationBuffer")(embed, rows, 64, 8)
     assert embed.weight.requires_grad and buffer.next().shape == (64, 8)
+    assert buffer.next().dtype == torch.float32 and buffer.store.dtype == dtype
     assert no_graph(buffer.next(), *(t for t in vars(buffer).values() if torch.is_tensor(t)))
 
 def test_token_rows_can_be_lifted_out(home, tokenizer):
