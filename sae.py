@@ -10,9 +10,9 @@ a small transformer in this repository, in under three minutes on two CPU cores.
 x: the activations at a token, a vector of length d_in. x_hat: the SAE's version of it.
 ce: the model's cross-entropy. ce_sae, ce_zero, ce_mean: what it is if x is replaced by
 x_hat, by zeros, by the mean of x. loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce).
-l0: how many features fire on a token, on average. fvu: the fraction of x's variance that
-x_hat misses. dead: the fraction of features that fire on none of the held-out tokens.
-decoder norms: the lengths of W_dec's rows, kept at 1.
+l0: how many features fire on a token, on average. fvu: the fraction of x's variance
+that x_hat misses. dead: the fraction of features that fire on none of the held-out
+tokens. decoder norms: the lengths of W_dec's rows, kept at 1.
 
 The SAE itself is in sections 4 to 6; 1 to 3 feed it, 7 and 8 measure and show it, 9
 saves and loads it (skip that at first), 10 runs it all. A class or function with a line
@@ -253,7 +253,7 @@ class ActivationBuffer:
         return self.store[slots].float()  # [batch, d_in]
 
 # ---- 5. The autoencoder --------------------------------------------------------------
-# Needs: torch, F. (save and load are in section 9; they also need blame and PUBLISHED.)
+# Needs: torch, F. (Its save and load are in section 9, and need what stands there.)
 class SparseAutoencoder(torch.nn.Module):
     """Writes x as a sparse sum of d_sae directions.
 
@@ -274,10 +274,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.k = k
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
-        # The encoder begins as 0.3 times the decoder, transposed. With the usual 8 d_in
-        # features, x_hat then begins near x: the sum of (x . d) d over so many random
-        # directions d is about 8 x. ReLU keeps those with x . d > 0, and so half of that,
-        # 4 x; and 0.3 times 4 x is about x.
+        # The encoder begins as 0.3 times the decoder, transposed. Then x_hat begins near x:
+        # over n random directions d, the sum of (x . d) d is about n / d_in times x, with
+        # n = 8 d_in that is 8 x. ReLU keeps half of it, 4 x, of which 0.3 is about x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -286,9 +285,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))
 
     def pre_activations(self, x):
-        # b_dec is detached, or backward() would compute the gradient of x - b_dec, a product
-        # as large as this one, only to sum it over the batch. What b_dec's gradient lacks
-        # then, project_gradient adds more cheaply: each step must call it.
+        # b_dec is detached: its gradient through here would cost another product as large
+        # as this one. project_gradient adds it more cheaply, so each step must call it.
         return (x - self.b_dec.detach()) @ self.W_enc + self.b_enc  # [..., d_sae]
 
     def encode(self, x):
@@ -329,8 +327,8 @@ class SparseAutoencoder(torch.nn.Module):
         """Before step(): takes out the part of each row's gradient that could only
         change its length. Left in, it would fill Adam's moments and distort later
         steps. (Also completes the gradient of b_dec.)"""
-        # In pre, b_dec only shifts b_enc: pre = x @ W_enc + (b_enc - b_dec @ W_enc). By
-        # the chain rule, what it gets from there is -W_enc times the gradient of b_enc.
+        # What b_dec's gradient lacks is its part through the encoder. There, b_dec only
+        # shifts b_enc: pre = x @ W_enc + (b_enc - b_dec @ W_enc). Hence:
         self.b_dec.grad -= self.W_enc @ self.b_enc.grad  # [d_in]
 
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
@@ -401,14 +399,14 @@ def train(cfg, sae, buffer):
     # spread: how far x typically is from its mean. (Median, because a few x are huge.)
     x = buffer.next()  # [batch, d_in]
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
-    # A hook may be constant (then spread is a rounding error), or overflow (nan, inf).
+    # x may be constant (then spread is a rounding error), or overflow (nan, inf).
     usable = 1e-5 * x.norm(dim=-1).median() < spread < math.inf
     assert usable, f"--hook {cfg.hook}: its first batch is not finite, or all alike"
 
     # Adam moves each weight by about lr, however large x is. That suits W_enc and W_dec:
-    # if x doubles, they can stay as they are, and f doubles. But biases have to double, so
-    # their rate is lr times a typical entry of x - mean. With k, W_enc has half the rate:
-    # far fewer features die (found by experiment). "scale" is our own key, for the loop.
+    # if x doubles, they can stay, and f doubles. But biases have to double, too, so their
+    # rate is lr times a typical entry of x - mean. With k, W_enc has half the rate: far
+    # fewer features die (found by experiment). "scale" is our own key, for the loop.
     bias_scale = spread / sae.d_in ** 0.5
     groups = [{"params": [sae.W_enc], "scale": 0.5 if sae.k else 1.0},
               {"params": [sae.W_dec], "scale": 1.0},
@@ -434,7 +432,7 @@ def train(cfg, sae, buffer):
     print(f"peak learning rate {lr:.3g}, L1 weight {l1:.3g}")
 
     steps_silent = torch.zeros_like(sae.b_enc)  # [d_sae], since a feature last fired
-    patience = max(10, cfg.steps // 20)  # steps silent until dead, and between looks
+    patience = max(10, cfg.steps // 20)  # silent for so many steps is dead; checked as often
 
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
@@ -465,7 +463,7 @@ def train(cfg, sae, buffer):
             steps_silent += 1
             steps_silent[f.amax(dim=0) > 0] = 0  # those that fired in this batch
             dead = steps_silent >= patience  # [d_sae]
-            # Not near the end: learning takes time. (What stays silent is revived again.)
+            # Not near the end: learning takes time. (Once they fire, they are not silent.)
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
@@ -541,7 +539,7 @@ def visible(tokenizer, tokens):
     pending = []  # tokens of a character that is not complete
     for token in tokens:
         pending.append(int(token))
-        # (After EOS, because at the start some tokenizers drop a space.)
+        # (EOS in front, then off: some tokenizers drop a space at the very start.)
         text = tokenizer.decode([tokenizer.eos_token_id, *pending])
         text = text.removeprefix(tokenizer.eos_token)
         # While a character is incomplete, its text ends in \ufffd. Then wait for more,
@@ -556,14 +554,14 @@ def visible(tokenizer, tokens):
     return strings
 
 def logit_effect(model, hook, direction):
-    """Which tokens a feature makes more likely, by the "logit lens": the final norm and
-    the unembedding of a residual stream that is nothing but what the feature's
-    `direction` [d_in] writes into it. Returns logits [d_vocab], of which only the order
-    means anything; None for hooks that are not worked out here."""
+    """Which tokens a feature makes more likely (the "logit lens"): puts what
+    `direction` [d_in] writes into the residual stream, and nothing else, through the
+    final norm and the unembedding. Returns logits [d_vocab], of which only the order
+    means anything, or None for hooks for which that is not worked out here."""
     in_stream = ("resid_pre", "resid_mid", "resid_post", "_mlp_out", "_attn_out")
     if hook.endswith("mlp.hook_post"):
         block = model.blocks[int(hook.split(".")[1])]
-        if hasattr(block, "ln2_post"):  # Gemma has a norm between the MLP and the stream
+        if hasattr(block, "ln2_post"):  # Gemma has a norm between MLP and stream
             return None
         direction = direction @ block.mlp.W_out  # [d_model], by W_out [d_mlp, d_model]
     elif not hook.endswith(in_stream):
@@ -613,7 +611,7 @@ def report(cfg, model, sae, rows, metrics, frequency):
     f = torch.cat([sae.encode(act)[..., chosen] for act in acts])  # [n, seq_len, chosen]
     f[:, 0] = 0.0  # BOS
     for i, f_i in zip(chosen, f.unbind(-1)):  # f_i [n, seq_len]
-        most = f_i.max().abs()  # abs: a silent feature has -0.0 (negative * False)
+        most = f_i.max().abs()  # abs: 0.00 and not -0.00
         head = f"\nfeature {i}: on {frequency[i]:.3%} of tokens, up to {most:.2f}"
         page.print(head, style="bold")
         effect = logit_effect(model, cfg.hook, sae.W_dec[i])
@@ -644,7 +642,7 @@ def write(path, save):
         save(part)
         os.replace(part, path)
 
-# SAELens can do more to x than subtract b_dec. These keys say that nothing more is done.
+# SAELens can do more to x than subtract b_dec. These keys say: nothing more is done.
 PLAIN = dict(normalize_activations="none", reshape_activations="none",
              apply_b_dec_to_input=True)
 
@@ -679,8 +677,8 @@ def load_sae(cls, source):
                 source = hf_hub_download("NeelNanda/sparse_autoencoder", PUBLISHED[source])
             weights = torch.load(source, map_location="cpu", weights_only=True)
 
-        # An SAE that does anything else would be computed wrongly here, so it is refused.
-        # (A key that is missing means that it does not.)
+        # An SAE that does anything else would be computed wrongly here, so it is
+        # refused. (A missing key counts as the value that is wanted here.)
         others = dict(rescale_acts_by_decoder_norm=False, activation_fn_str="relu")
         for name, value in dict(PLAIN, **others).items():
             found = cfg.get(name, value)
@@ -707,7 +705,7 @@ SparseAutoencoder.save = save_sae
 SparseAutoencoder.load = classmethod(load_sae)
 
 def save_checkpoint(cfg, sae, adam, done):
-    finite = sae.W_enc.isfinite().all()
+    finite = all(p.isfinite().all() for p in sae.parameters())
     assert finite, f"step {done}: weights are not finite; lower --lr, or --l1"
     sae.save(cfg.out, model_name=cfg.model, hook_name=cfg.hook, dataset_path=cfg.dataset)
     flags = [cfg.model, cfg.hook, sae.k]
@@ -721,8 +719,8 @@ def load_checkpoint(cfg, sae, adam, buffer):
         assert state["flags"] == flags, f"it is of {state['flags']}, not of {flags}"
         sae.load_state_dict(state["sae"])
         adam.load_state_dict(state["adam"])
-    # Skip about as many rows as the interrupted run used. (About: resample used some
-    # more. The first rows are in the buffer already, and are trained on a second time.)
+    # Skip about as many rows as the interrupted run used. (About: resample used more. And
+    # train has filled the buffer already, with the first rows: they come twice.)
     used = state["done"] * cfg.batch_size // buffer.per_row
     for _ in tqdm(range(used), "skipping old rows"):
         next(buffer.rows)
