@@ -1246,4 +1246,4 @@ def test_a_training_step_is_little_more_than_its_five_matrix_products(k, limit, 
             seconds.append(time.perf_counter() - start)
     one, products = (sorted(seconds)[15] for seconds in times.values())
     print(f"\nk={k}: one step / its five matrix products: {one / products:.2f}")
-    assert one / products < limit, "1.17 to 1.19 and 1.22 to 1.30 were measured"
+    assert one / products < limit, "1.17 to 1.21 and 1.22 to 1.30 were measured"
