@@ -276,7 +276,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # The encoder begins as 0.3 times the decoder, transposed. Then x_hat begins near x:
         # over n random directions d, the sum of (x . d) d is about n / d_in times x, with
-        # n = 8 d_in that is 8 x. ReLU keeps half of it, 4 x, of which 0.3 is about x.
+        # n = 8 d_in that is 8 x. ReLU keeps half of that, and 0.3 times 4 x is about x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
