@@ -52,12 +52,12 @@ PUBLISHED = {"run1": "25.pt", "run2": "47.pt"}  # the first replication's two SA
 class Config:
     model: str = "tiny-1l"  # tiny-1l, gelu-1l, a model on the Hub, or a folder
     hook: str = "blocks.0.mlp.hook_post"  # where x is; here: MLP neurons after their GELU
-    dataset: str = ""  # stdlib, file, folder, 'glob*' or Hub NAME[:SUBSET[:SPLIT]]; default suits --model
+    dataset: str = ""  # stdlib, file, folder, 'glob*' or Hub NAME[:SUBSET[:SPLIT]]; by default what suits --model
     seq_len: int = 128  # tokens in a row of data, BOS included
     held_out: int = 384  # rows for evaluation and report, which are never trained on
 
     d_sae: int | None = None  # number of features; by default 8 x d_in, as in the paper
-    l1: float | None = None  # weight of the L1 term; by default computed in train()
+    l1: float | None = None  # weight of the L1 term; by default from the size of x, and steps
     k: int | None = None  # features that fire per token, on average; replaces L1
 
     steps: int = 1000  # training steps; 0 only measures the SAE that --load names
