@@ -105,7 +105,8 @@ def open_dataset(name):
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"  # (escape: it may have brackets in it)
-    files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+    found = {name, *glob.glob(name, recursive=True)}
+    files = sorted(filter(os.path.isfile, found))
     if not files:  # a name on the Hub: "a:b" -> "a", "b", ""
         name, subset, split = (name.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train", streaming=True)

@@ -293,14 +293,14 @@ def kinds(tmp_path_factory):
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl))
     (folder / "c.jsonl.zst").write_bytes(zstandard.compress(jsonl))
     (folder / "D.JSONL").write_bytes(jsonl)
-    (folder / "e.ndjson").write_bytes(jsonl)
+    (folder / "e [2].ndjson").write_bytes(jsonl)
     shutil.copytree(folder / "txt", folder / "new [1]")
     (folder / "new [1]" / "00.txt").rename(folder / "new [1]" / "0[1].txt")  # beside 01.txt
     return folder
 
 @pytest.mark.parametrize("name", [
     "txt", "t?t/*.txt", "a.json", "a.jsonl", "a.csv", "a.parquet", "count.parquet",
-    "null.parquet", "two/**", "two", "b.jsonl.gz", "c.jsonl.zst", "D.JSONL", "e.ndjson", "new [1]"])
+    "null.parquet", "two/**", "two", "b.jsonl.gz", "c.jsonl.zst", "D.JSONL", "e [2].ndjson", "new [1]"])
 def test_the_text_and_it_alone_is_read_whatever_files_it_is_in(name, tokenizer, kinds):
     tokens = [*S.all_tokens(f"{kinds}/{name}", tokenizer)]
     shown = tokenizer.decode(tokens).split("<eos>")
