@@ -105,8 +105,8 @@ def open_dataset(name):
         name = sysconfig.get_path("stdlib") + "/*.py"
     elif os.path.isdir(name):
         name = glob.escape(name) + "/**"  # (escape: it may have brackets in it)
-    found = {name, *glob.glob(name, recursive=True)}
-    files = sorted(filter(os.path.isfile, found))
+    matches = {name, *glob.glob(name, recursive=True)}  # (so may the name of a file)
+    files = sorted(filter(os.path.isfile, matches))
     if not files:  # a name on the Hub: "a:b" -> "a", "b", ""
         name, subset, split = (name.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train", streaming=True)
@@ -276,8 +276,8 @@ class SparseAutoencoder(torch.nn.Module):
         directions = F.normalize(torch.randn(d_sae, d_in), dim=-1)
         self.W_dec = torch.nn.Parameter(directions)  # [d_sae, d_in]
         # The encoder begins as 0.3 times the decoder, transposed. Then x_hat begins near x:
-        # over n random directions d, the sum of (x . d) d is about n / d_in times x, with
-        # n = 8 d_in that is 8 x. ReLU keeps half of that, and 0.3 times 4 x is about x.
+        # over n random directions d, the sum of (x . d) d is about n / d_in times x; for
+        # n = 8 d_in, 8 x. ReLU keeps half of that, 4 x, and 0.3 times that is about x.
         columns = directions.T.contiguous()  # contiguous: safetensors wants it
         self.W_enc = torch.nn.Parameter(0.3 * columns)  # [d_in, d_sae]
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
@@ -433,7 +433,7 @@ def train(cfg, sae, buffer):
     print(f"peak learning rate {lr:.3g}, L1 weight {l1:.3g}")
 
     steps_silent = torch.zeros_like(sae.b_enc)  # [d_sae], since a feature last fired
-    patience = max(10, cfg.steps // 20)  # silent for so many steps is dead; checked as often
+    patience = max(10, cfg.steps // 20)  # steps of silence until dead; we look as often
 
     log = open(Path(cfg.out, "train.jsonl"), "a" if cfg.resume else "w", buffering=1)
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps)
@@ -464,7 +464,8 @@ def train(cfg, sae, buffer):
             steps_silent += 1
             steps_silent[f.amax(dim=0) > 0] = 0  # those that fired in this batch
             dead = steps_silent >= patience  # [d_sae]
-            # Not near the end: learning takes time. (Once they fire, they are not silent.)
+            # Dead features are revived, and at the next look again, if they still do not
+            # fire. Not near the end, though: learning takes time.
             if done % patience == 0 and done < 0.85 * cfg.steps and dead.any():
                 resample(sae, adam, dead, torch.cat([buffer.next() for _ in range(8)]))
 
@@ -655,7 +656,7 @@ def save_sae(sae, folder, **metadata):
     cfg = dict(  # the keys that SAELens wants
         architecture="jumprelu",  # its name for an SAE with thresholds
         d_in=sae.d_in, d_sae=sae.d_sae, k=sae.k, dtype="float32", device="cpu", **PLAIN,
-        metadata=dict(sae_lens_version="6.0.0", **metadata))  # of this format
+        metadata=dict(sae_lens_version="6.0.0", **metadata))  # the format's version
     weights = sae.state_dict()
     if not sae.threshold.any():  # a plain ReLU
         cfg["architecture"] = "standard"

@@ -646,6 +646,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     assert all(p.isfinite().all() for p in S.SparseAutoencoder.load(tmp_path).parameters())
     assert checkpoint(tmp_path)["done"] == 30
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_no_weight_that_is_not_finite_is_saved(name, tmp_path):
+    sae = make_sae()
+    getattr(sae, name).data.view(-1)[-1] = math.nan
+    with pytest.raises(AssertionError, match="step 7: weights are not finite"):
+        S.save_checkpoint(S.Config(out=str(tmp_path)), sae, None, 7)
+    assert not contents(tmp_path)
+
 @pytest.mark.parametrize("k", [None, 4])
 def test_ctrl_c_keeps_what_there_is(k, tmp_path):
     sae = make_sae(k)
