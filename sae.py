@@ -7,15 +7,16 @@ written as a weighted sum of a few out of many directions, the features:
     x_hat = f @ W_dec + b_dec                    close to x; W_dec's rows are the directions
 
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
-Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` finds 4,096 features in the
-activations of the 512 MLP neurons of tiny-1l, the small transformer beside this file, on a
-million tokens of Python, in two minutes on two CPU cores. On other text it then measures
+Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` reads a million tokens of Python
+through tiny-1l, the small transformer beside this file, and finds 4,096 features in the
+activations of its 512 MLP neurons: two minutes on two CPU cores. On rows that it held out
+it then measures
 
-    loss_recovered  0.9730    the model's loss with x_hat in place of x: 1 is as good as with
-                              x itself, 0 is as bad as with zeros
+    loss_recovered  0.9730    1 if the model predicts as well with x_hat in place of x as with
+                              x, 0 if as badly as with zeros
     l0              36.3      how many features fire (are above 0) on a token, on average
     fvu             0.1447    the fraction of x's variance that x_hat misses
-    dead            0.0007    the fraction of features that never fire on that text
+    dead            0.0007    the fraction of features that never fire on these rows
 
 Text becomes rows of tokens (section 1), the model turns them into x (2), shuffled batches of x
 (3) train the autoencoder (4, 5); it is measured (6), and its features are shown (7).
@@ -46,8 +47,9 @@ def open_dataset(name):
     files ("books/*.txt"; also .jsonl, .csv, .parquet), or NAME[:SUBSET] on Hugging Face's Hub"""
     if name == "stdlib":
         name = sysconfig.get_path("stdlib") + "/*.py"
-    files = [escape(file) for file in sorted(glob(name, recursive=True))]  # load_dataset globs, too
-    if not files:
+    # (escape, since load_dataset would once more take a [ in a name for a pattern)
+    files = [escape(file) for file in sorted(glob(name, recursive=True))]
+    if not files:  # a name on the Hub
         return load_dataset(*name.split(":"), split="train", streaming=True)
 
     # Either each file is one text, or all are tables of texts, such as .jsonl or .jsonl.gz.
@@ -61,13 +63,13 @@ def open_dataset(name):
                         sample_by="document")
 
 def all_tokens(dataset, tokenizer):
-    """Yields the tokens of all texts, EOS after each text. At each call the same (see split_rows)."""
+    """Yields the tokens of all texts, EOS after each text: the same sequence at each call."""
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         if "text" in example:
-            # split_special_tokens: if a text says "<|endoftext|>", that is text, and no EOS.
+            # split_special_tokens: a "<|endoftext|>" in the text is ordinary text, not an EOS.
             yield from tokenizer(example["text"] or "", add_special_tokens=False,
                                  split_special_tokens=True)["input_ids"]
-        elif "tokens" in example:  # by the same tokenizer; token_rows sets its own BOS
+        elif "tokens" in example:  # already tokenized, for this model; token_rows adds BOS
             yield from (t for t in example["tokens"] if t != tokenizer.bos_token_id)
         else:
             raise ValueError(f"--dataset {dataset}: no text or tokens, but {list(example)}")
@@ -83,15 +85,15 @@ def token_rows(dataset, tokenizer, seq_len):
         yield row
 
 def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
-    """Holds out every 32nd row. Returns the first n_held_out of these, [n_held_out, seq_len],
-    and a generator of all rows that are not held out, pass after pass."""
+    """Holds out the rows 0, 32, 64, ... Returns the first n_held_out of these, a tensor
+    [n_held_out, seq_len], and a generator of all other rows, pass after pass."""
     held_out = list(islice(token_rows(dataset, tokenizer, seq_len), 0, 32 * n_held_out, 32))
-    if len(held_out) < 2:  # from a single row, training_rows() would never yield anything
+    if len(held_out) < 2:  # if there were only row 0, training_rows would search for ever
         raise ValueError(f"--dataset {dataset}: it has fewer than 33 rows of tokens")
 
     def training_rows():
         while True:
-            rows = enumerate(token_rows(dataset, tokenizer, seq_len))
+            rows = enumerate(token_rows(dataset, tokenizer, seq_len))  # the same in each pass
             yield from (row for n, row in rows if n % 32 != 0)
     return torch.tensor(held_out), training_rows()
 
@@ -111,23 +113,23 @@ def load_model(name, device="cpu"):
 def get_activations(model, hook_name, tokens):
     """tokens [n, seq_len] -> x, what the model computes at the hook: [n, seq_len, d_in]"""
     def stop(act, hook):
-        raise StopAtLayerException(act)  # what comes later is not needed; returns act below
+        raise StopAtLayerException(act)  # run_with_hooks catches it, and returns act
     act = model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_name, stop)])
-    if act is None or act.shape[:2] != tokens.shape:  # (None: the hook was never reached)
-        raise ValueError(f"--hook {hook_name}: it does not have one vector for each token")
+    if act is None or act.shape[:2] != tokens.shape:  # (None: never reached)
+        raise ValueError(f"--hook {hook_name}: it does not give one vector for each token")
     return act.flatten(2).float()  # (attention heads, if any, are concatenated)
 
 # ---- 3. The activation buffer --------------------------------------------------------
 class ActivationBuffer:
-    """Serves x [batch_size, d_in] from all over a large buffer, for the activations of one text
-    are alike. None comes twice: when half has been served, new ones overwrite that half."""
+    """Serves x [batch_size, d_in] from all over a large buffer, because the activations of one
+    text are alike. No x is served twice: once half is served, new ones overwrite that half."""
 
     def __init__(self, get_x, rows, batch_size, n_batches=64, device="cpu"):
         self.get_x = get_x  # tokens [n, seq_len] -> x [n, seq_len, d_in]
         self.rows = rows  # yields rows of tokens, without end
         self.batch_size = batch_size
         first = get_x(torch.tensor([next(rows)], device=device))  # for its shape
-        self.per_row = first.shape[1] - 1  # BOS has the same x in all rows, and is left out
+        self.per_row = first.shape[1] - 1  # BOS sees only itself: always the same x, left out
 
         # Nothing in `store` ever moves, since shuffling it would need twice its memory.
         # Instead, `order` says in which order its places are served. If order is 3 0 2 1 and
@@ -144,7 +146,7 @@ class ActivationBuffer:
             tokens = torch.tensor(list(islice(self.rows, n_rows)), device=places.device)
             x = rearrange(self.get_x(tokens)[:, 1:], "row pos d_in -> (row pos) d_in")
             self.store[places] = x[:len(places)]  # (the last row may be cut)
-        self.order = torch.randperm(len(self.store), device=places.device)
+        self.order = torch.randperm(len(self.store), device=places.device)  # mixes old and new
         self.served = 0
 
     def next_batch(self):
@@ -162,24 +164,23 @@ class SparseAutoencoder(torch.nn.Module):
         f     = pre where pre > threshold, else 0    [batch, d_sae], most of it 0
         x_hat = f @ W_dec + b_dec                    [batch, d_in]
 
-    Row i of W_dec, of length 1, is the direction of feature i; f[:, i] says how much of it is
-    in each x. There are two ways to keep f sparse. As in the paper: the threshold stays at 0,
-    which makes this a ReLU, and the loss has an L1 penalty. Or, with k: no penalty, but the
-    threshold is kept so high that on average k features per token exceed it (much like BatchTopK,
-    Bussmann et al. 2024)."""
+    Row i of W_dec, of norm 1, is the direction of feature i; f[:, i] says how much of it is in
+    each x. Two ways keep f sparse. As in the paper: the threshold is 0, which makes this a ReLU,
+    and the loss has an L1 penalty. Or, with k: no penalty, but move_threshold keeps the threshold
+    where on average k features per token exceed it (like BatchTopK, Bussmann et al. 2024)."""
 
     def __init__(self, d_in, d_sae):
         super().__init__()
         self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
-        # The encoder begins as the decoder, transposed, so that each feature fires on its own
-        # direction; times 0.3, so that for d_sae = 8 d_in the first x_hat is about as large as x.
+        # The encoder begins as the decoder, transposed, times 0.3. Half of the features fire then,
+        # and x_hat is about 0.3 / 2 * d_sae / d_in times x: for d_sae = 8 d_in, 1.2 times.
         self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # (load may rescale each)
+        self.register_buffer("threshold", torch.zeros(d_sae))  # the same for all, unless loaded
 
     def pre_activations(self, x):
-        # Multiplied out: with (x - b_dec) @ W_enc, b_dec's gradient would cost a large product.
+        # Multiplied out, since as it stands b_dec's gradient would take one more large product.
         return x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # [..., d_sae]
 
     def encode(self, x):
@@ -202,8 +203,8 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold a tenth of the way (one batch is noisy) towards the value above
-        which there are, on average, k features per token of x [n, d_in]."""
+        """Moves the threshold a tenth of the way (one batch is noisy) towards the (k n)-th largest
+        of all pre of x [n, d_in], which on average k features per token exceed."""
         pre = self.pre_activations(x).flatten()
         highest = pre.topk(min(round(k * len(x)), len(pre))).values
         self.threshold += 0.1 * (highest[-1].clamp(min=0) - self.threshold)
@@ -221,8 +222,8 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize(self):
         """After the step: brings the rows back to length 1, since even a step at a right angle
-        made them longer, by Pythagoras. (The first replication left this out.)"""
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        lengthens a row, by Pythagoras. (The first replication left this out.)"""
+        self.W_dec.data = F.normalize(self.W_dec, dim=-1)
 
     @classmethod
     @torch.no_grad()
@@ -234,7 +235,7 @@ class SparseAutoencoder(torch.nn.Module):
         weights = torch.load(source, map_location="cpu", weights_only=True)
         sae = cls(*weights["W_enc"].shape)
         sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1 and run2 have none: 0)
-        # Each row of W_dec is divided by its length, and its f multiplied by it: the same x_hat.
+        # Divide each row of W_dec by its length, and multiply its f by that: the same x_hat.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length
@@ -244,27 +245,26 @@ class SparseAutoencoder(torch.nn.Module):
 # ---- 5. Training ---------------------------------------------------------------------
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called 20 times."""
-    # How far x typically is from its mean (a median, since on a few tokens x is huge). If x were
-    # twice as large, f and the biases should be, too. The squared error would then be 4 times as
-    # large, but the L1 norm only twice; so l1 and the biases' learning rate are multiplied by it.
+    # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
+    # If x were doubled, f and the biases should be, too. The squared error would be 4 times as
+    # large, the L1 norm only twice; so l1 and the biases' rate are multiplied by spread.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     if not sae.b_dec.any():  # a new SAE
         sae.b_dec.data = x.mean(0)
 
-    # Found by experiment: wide SAEs and long runs want a lower learning rate; with k, so does
-    # W_enc, or more features die. (A bias's entry is as large as x in one of its dimensions.)
+    # Found by experiment: wide SAEs and long runs want a lower learning rate.
     lr = lr or 0.27 / len(sae.b_enc) ** 0.5 / max(1, steps / 1500) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer features die at 0.7)
         {"params": [sae.W_dec], "lr": lr},
-        {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
+        {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},  # (per entry)
     ], betas=(0.9, 0.99), fused=True)
     # The rates warm up over the first twentieth of the run, and fall to 0 over the last fifth.
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda done: min(1, 20 * (done + 1) / steps, 5 * (1 - done / steps)))
     look_every = max(10, steps // 20)  # steps from one look at what is dead to the next
-    fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)  # [d_sae]: since the last look
+    fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)  # [d_sae], since the last look
     bar = tqdm(range(1, steps + 1))
     for step in bar:
         # Over the first half of the run L1 grows from 0, or k falls from 8 times its value. If
@@ -303,12 +303,12 @@ def resample(sae, adam, dead, x):
     # Examples are drawn in proportion to the square of their loss, and none twice: otherwise a
     # few huge losses would give many copies of one feature.
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]; not 0, or multinomial may refuse
+    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: loss squared; never 0
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived]
-    drawn = torch.multinomial(weight, len(revived))
+    drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
     # Encoder and decoder both point there. The encoder has a fifth of the mean length, as in the
-    # paper: with all of it, features revived where x is huge made training diverge.
+    # paper: at full length, features that were revived at a huge x made training diverge.
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = 0.2 * sae.W_enc.norm(dim=0).mean() * direction.T
     sae.b_enc[revived] = 0.0
@@ -324,8 +324,8 @@ def cross_entropy(model, hook_name, rows, replace):
     the activations x [n, seq_len - 1, d_in] at the hook. BOS keeps its own."""
     def splice(act, hook):
         x = act[:, 1:]
-        x_hat = replace(x.flatten(2).float()).view_as(x)
-        return torch.cat([act[:, :1], x_hat.to(act.dtype)], dim=1)
+        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (heads joined, and parted again)
+        return torch.cat([act[:, :1], x_hat], dim=1)
     total = 0.0
     for part in tqdm(rows.split(4), "evaluating", leave=False):
         loss = model.run_with_hooks(part, return_type="loss", fwd_hooks=[(hook_name, splice)])
@@ -338,8 +338,8 @@ def evaluate(model, hook_name, sae, rows):
     ce = cross_entropy(model, hook_name, rows, lambda x: x)
     ce_sae = cross_entropy(model, hook_name, rows, lambda x: sae(x)[0])
     ce_zero = cross_entropy(model, hook_name, rows, torch.zeros_like)
-    x = torch.cat([get_activations(model, hook_name, part)[:, 1:] for part in rows.split(4)])
-    x = rearrange(x, "row pos d_in -> (row pos) d_in")
+    acts = torch.cat([get_activations(model, hook_name, part) for part in rows.split(4)])
+    x = rearrange(acts[:, 1:], "row pos d_in -> (row pos) d_in")
     error = 0.0
     fired = 0  # becomes [d_sae]: on how many tokens
     for part in x.split(2048):
@@ -347,7 +347,7 @@ def evaluate(model, hook_name, sae, rows):
         error += (x_hat - part).pow(2).sum().item()
         fired += (f > 0).sum(0)
     metrics = {
-        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # (never / 0)
+        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # (nan for 0 / 0)
         "ce": ce, "ce_sae": ce_sae, "ce_zero": ce_zero,
         "l0": fired.sum().item() / len(x),
         "fvu": error / (x - x.mean(0)).pow(2).sum().item(),
@@ -360,7 +360,7 @@ def evaluate(model, hook_name, sae, rows):
 def report(model, hook_name, sae, rows, metrics, frequency, page):
     """Prints metrics and up to twenty features, from rare to frequent, each with the five rows
     in which it fires most. Writes the same to the HTML file `page`."""
-    console = Console(record=True, file=io.StringIO(), width=100, highlight=False)  # shows nothing
+    console = Console(record=True, file=io.StringIO(), width=100, highlight=False)  # records
     for name, value in metrics.items():
         console.print(f"{name:>14}  {value:.4f}")
     # Features that fire on fewer than 2 of 10,000 tokens are left out: they have few examples.
@@ -381,7 +381,7 @@ def report(model, hook_name, sae, rows, metrics, frequency, page):
                 line.append(repr(word)[1:-1], style)  # (repr: a newline as \n)
             console.print(line, no_wrap=True)
 
-    console.save_html(page, clear=False)  # first, for print fails on what a terminal lacks
+    console.save_html(page, clear=False)  # first, since print fails on characters a terminal lacks
     print(console.export_text(styles=sys.stdout.isatty()))
 
 # ---- 8. All of it, in order ----------------------------------------------------------
@@ -401,7 +401,7 @@ def run(args):
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    def save():  # to a new file, renamed when it is whole: a kill costs nothing
+    def save():  # to a new file first: if killed midway, the old one is still whole
         torch.save(sae.state_dict(), out / "new.pt")
         (out / "new.pt").replace(out / "sae.pt")
 
