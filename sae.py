@@ -1,6 +1,6 @@
 """sae.py: train a sparse autoencoder (SAE) on a language model's activations.
 
-The activations x at one place in a model, a vector of length d_in for each token, are
+The activations x at one place in a model (for each token a vector of length d_in) are
 written as a weighted sum of a few out of many directions, the features:
 
     f     = relu((x - b_dec) @ W_enc + b_enc)    how much of each feature is in x: mostly 0
@@ -9,17 +9,15 @@ written as a weighted sum of a few out of many directions, the features:
 After "Towards Monosemanticity" (Bricken et al. 2023) and its first open replication, Neel
 Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` reads a million tokens of Python
 through tiny-1l, the small transformer beside this file, and finds 4,096 features in the
-activations of its 512 MLP neurons: two minutes on two CPU cores. On rows that it held out
-it then measures
+activations of its 512 MLP neurons, in two minutes on two CPU cores. On held-out text it gets
 
-    loss_recovered  0.9730    1 if the model predicts as well with x_hat in place of x as with
-                              x, 0 if as badly as with zeros
+    loss_recovered  0.9730    1: the model predicts as well from x_hat as from x; 0: as from zeros
     l0              36.3      how many features fire (are above 0) on a token, on average
-    fvu             0.1447    the fraction of x's variance that x_hat misses
-    dead            0.0007    the fraction of features that never fire on these rows
+    fvu             0.1447    fraction of x's variance unexplained, that is, missing in x_hat
+    dead            0.0007    the fraction of features that never fire on that text
 
-Text becomes rows of tokens (section 1), the model turns them into x (2), shuffled batches of x
-(3) train the autoencoder (4, 5); it is measured (6), and its features are shown (7).
+Text becomes rows of tokens (section 1), and the model turns these into x (2). Shuffled batches
+of x (3) train the autoencoder (4, 5). It is measured (6), and its features are shown (7).
 """
 import argparse
 import io
@@ -47,13 +45,13 @@ def open_dataset(name):
     files ("books/*.txt"; also .jsonl, .csv, .parquet), or NAME[:SUBSET] on Hugging Face's Hub"""
     if name == "stdlib":
         name = sysconfig.get_path("stdlib") + "/*.py"
-    # (escape, since load_dataset would once more take a [ in a name for a pattern)
+    # (escape: these are names now, but load_dataset would take them for patterns again)
     files = [escape(file) for file in sorted(glob(name, recursive=True))]
-    if not files:  # a name on the Hub
+    if not files:  # then it is a name on the Hub, perhaps with a subset
         return load_dataset(*name.split(":"), split="train", streaming=True)
 
-    # Either each file is one text, or all are tables of texts, such as .jsonl or .jsonl.gz.
-    endings = {"".join(Path(file.lower()).suffixes) for file in files}
+    # Either each file is one text, or all are tables with a text in each row.
+    endings = {"".join(Path(file.lower()).suffixes) for file in files}  # ".jsonl.gz" has json in it
     for kind in ("json", "csv", "parquet"):
         if all(kind in ending for ending in endings):
             return load_dataset(kind, data_files=files, split="train", streaming=True)
@@ -69,14 +67,14 @@ def all_tokens(dataset, tokenizer):
             # split_special_tokens: a "<|endoftext|>" in the text is ordinary text, not an EOS.
             yield from tokenizer(example["text"] or "", add_special_tokens=False,
                                  split_special_tokens=True)["input_ids"]
-        elif "tokens" in example:  # already tokenized, for this model; token_rows adds BOS
+        elif "tokens" in example:  # already tokenized; without its BOS, token_rows adds ours
             yield from (t for t in example["tokens"] if t != tokenizer.bos_token_id)
         else:
             raise ValueError(f"--dataset {dataset}: no text or tokens, but {list(example)}")
         yield tokenizer.eos_token_id
 
 def token_rows(dataset, tokenizer, seq_len):
-    """Cuts all texts, end to end, into rows: lists of BOS and seq_len - 1 tokens"""
+    """Joins all texts and cuts them into rows: lists of BOS and seq_len - 1 tokens"""
     tokens = all_tokens(dataset, tokenizer)
     while True:
         row = [tokenizer.bos_token_id, *islice(tokens, seq_len - 1)]
@@ -85,10 +83,10 @@ def token_rows(dataset, tokenizer, seq_len):
         yield row
 
 def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
-    """Holds out the rows 0, 32, 64, ... Returns the first n_held_out of these, a tensor
+    """Rows 0, 32, 64, ... are never trained on. Returns the first n_held_out of these, a tensor
     [n_held_out, seq_len], and a generator of all other rows, pass after pass."""
     held_out = list(islice(token_rows(dataset, tokenizer, seq_len), 0, 32 * n_held_out, 32))
-    if len(held_out) < 2:  # if there were only row 0, training_rows would search for ever
+    if len(held_out) < 2:  # (with a single row, training_rows would never yield)
         raise ValueError(f"--dataset {dataset}: it has fewer than 33 rows of tokens")
 
     def training_rows():
@@ -99,8 +97,8 @@ def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
 
 # ---- 2. The language model and its activations ---------------------------------------
 def load_model(name, device="cpu"):
-    """tiny-1l, gelu-1l, or a model that transformers can load, wrapped by TransformerLens: at
-    each activation there is a hook, where a function of ours may read it or replace it."""
+    """tiny-1l, gelu-1l, or a model that transformers can load, wrapped by TransformerLens, which
+    puts a hook at each activation: a function of ours may read or replace it there."""
     if name == "tiny-1l":
         name = str(Path(__file__).parent / "assets" / "tiny-1l")
     if name == "gelu-1l":  # stored in TransformerLens's own format
@@ -115,28 +113,27 @@ def get_activations(model, hook_name, tokens):
     def stop(act, hook):
         raise StopAtLayerException(act)  # run_with_hooks catches it, and returns act
     act = model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_name, stop)])
-    if act is None or act.shape[:2] != tokens.shape:  # (None: never reached)
+    if act is None or act.shape[:2] != tokens.shape:  # (None: it never got there)
         raise ValueError(f"--hook {hook_name}: it does not give one vector for each token")
     return act.flatten(2).float()  # (attention heads, if any, are concatenated)
 
 # ---- 3. The activation buffer --------------------------------------------------------
 class ActivationBuffer:
-    """Serves x [batch_size, d_in] from all over a large buffer, because the activations of one
-    text are alike. No x is served twice: once half is served, new ones overwrite that half."""
+    """Serves batches of x [batch_size, d_in] that are mixed from many texts, since those of one
+    text are alike. Each x is served once; when half is served, new ones overwrite that half."""
 
     def __init__(self, get_x, rows, batch_size, n_batches=64, device="cpu"):
         self.get_x = get_x  # tokens [n, seq_len] -> x [n, seq_len, d_in]
         self.rows = rows  # yields rows of tokens, without end
         self.batch_size = batch_size
         first = get_x(torch.tensor([next(rows)], device=device))  # for its shape
-        self.per_row = first.shape[1] - 1  # BOS sees only itself: always the same x, left out
-
+        self.per_row = first.shape[1] - 1  # BOS has the same x in all rows, and is left out
         # Nothing in `store` ever moves, since shuffling it would need twice its memory.
         # Instead, `order` says in which order its places are served. If order is 3 0 2 1 and
         # served is 2, places 3 and 0 may be overwritten, and place 2 comes next.
         self.store = torch.empty(n_batches * batch_size, first.shape[2], device=device)
         self.order = torch.arange(len(self.store), device=device)
-        self.served = len(self.store)  # so that the first batch fills all of it
+        self.served = len(self.store)  # all, so that the first next_batch fills it
 
     @torch.no_grad()
     def refill(self):
@@ -167,20 +164,20 @@ class SparseAutoencoder(torch.nn.Module):
     Row i of W_dec, of norm 1, is the direction of feature i; f[:, i] says how much of it is in
     each x. Two ways keep f sparse. As in the paper: the threshold is 0, which makes this a ReLU,
     and the loss has an L1 penalty. Or, with k: no penalty, but move_threshold keeps the threshold
-    where on average k features per token exceed it (like BatchTopK, Bussmann et al. 2024)."""
+    so high that on average k features a token exceed it (like BatchTopK, Bussmann et al. 2024)."""
 
     def __init__(self, d_in, d_sae):
         super().__init__()
         self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
-        # The encoder begins as the decoder, transposed, times 0.3. Half of the features fire then,
-        # and x_hat is about 0.3 / 2 * d_sae / d_in times x: for d_sae = 8 d_in, 1.2 times.
+        # The encoder begins as the decoder, transposed, times 0.3: then x_hat begins about as large
+        # as x. (Half of the features fire: 0.3 / 2 * d_sae / d_in times; that is 1.2 for 8 d_in.)
         self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # the same for all, unless loaded
+        self.register_buffer("threshold", torch.zeros(d_sae))  # all equal, unless loaded
 
     def pre_activations(self, x):
-        # Multiplied out, since as it stands b_dec's gradient would take one more large product.
+        # Multiplied out: (x - b_dec) @ W_enc would take a large product more, for b_dec's gradient.
         return x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # [..., d_sae]
 
     def encode(self, x):
@@ -204,10 +201,10 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def move_threshold(self, x, k):
         """Moves the threshold a tenth of the way (one batch is noisy) towards the (k n)-th largest
-        of all pre of x [n, d_in], which on average k features per token exceed."""
+        pre over x [n, d_in]: on average k features a token are above that."""
         pre = self.pre_activations(x).flatten()
         highest = pre.topk(min(round(k * len(x)), len(pre))).values
-        self.threshold += 0.1 * (highest[-1].clamp(min=0) - self.threshold)
+        self.threshold += 0.1 * (highest[-1].clamp(min=0) - self.threshold)  # (f stays >= 0)
 
     # The unit-norm rule. Without it the SAE can cheat the L1 penalty: halve f, double W_dec,
     # same x_hat. A training step is project_gradient, optimizer.step, normalize.
@@ -222,20 +219,20 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize(self):
         """After the step: brings the rows back to length 1, since even a step at a right angle
-        lengthens a row, by Pythagoras. (The first replication left this out.)"""
+        lengthens a row, by Pythagoras. (The first replication did not.)"""
         self.W_dec.data = F.normalize(self.W_dec, dim=-1)
 
     @classmethod
     @torch.no_grad()
     def load(cls, source):
-        """source: a saved state_dict, or run1 or run2, the first replication's SAEs of gelu-1l"""
+        """source: a state_dict's file, or run1 or run2, the first replication's SAEs of gelu-1l"""
         if source in ("run1", "run2"):
             file = {"run1": "25.pt", "run2": "47.pt"}[source]
             source = hf_hub_download("NeelNanda/sparse_autoencoder", file)
         weights = torch.load(source, map_location="cpu", weights_only=True)
         sae = cls(*weights["W_enc"].shape)
-        sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1 and run2 have none: 0)
-        # Divide each row of W_dec by its length, and multiply its f by that: the same x_hat.
+        sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1, run2: none, so 0)
+        # Rows of W_dec come to length 1; f is multiplied by what they had: x_hat stays the same.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length
@@ -244,31 +241,31 @@ class SparseAutoencoder(torch.nn.Module):
 
 # ---- 5. Training ---------------------------------------------------------------------
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
-    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called 20 times."""
+    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called some 20 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
-    # If x were doubled, f and the biases should be, too. The squared error would be 4 times as
-    # large, the L1 norm only twice; so l1 and the biases' rate are multiplied by spread.
+    # If x doubles, so should f and the biases: their learning rate is multiplied by spread. The
+    # squared error would be 4 times as large, the L1 norm only twice: so l1 is multiplied, too.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     if not sae.b_dec.any():  # a new SAE
         sae.b_dec.data = x.mean(0)
 
-    # Found by experiment: wide SAEs and long runs want a lower learning rate.
+    # 0.27 / sqrt(d_sae), and less beyond 1,500 steps. (All of it was found by experiment.)
     lr = lr or 0.27 / len(sae.b_enc) ** 0.5 / max(1, steps / 1500) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer features die at 0.7)
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer die so)
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},  # (per entry)
     ], betas=(0.9, 0.99), fused=True)
     # The rates warm up over the first twentieth of the run, and fall to 0 over the last fifth.
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda done: min(1, 20 * (done + 1) / steps, 5 * (1 - done / steps)))
-    look_every = max(10, steps // 20)  # steps from one look at what is dead to the next
+    look_every = max(10, steps // 20)  # steps between two looks for dead features
     fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)  # [d_sae], since the last look
     bar = tqdm(range(1, steps + 1))
     for step in bar:
-        # Over the first half of the run L1 grows from 0, or k falls from 8 times its value. If
-        # few features could fire from the start, the others would die before they find a use.
+        # Over the first half of the run l1 grows from 0, or k falls from 8 times its value. If few
+        # features could fire from the start, the others would die before they find a use.
         ramp = min(1, 2 * step / steps)
 
         x = next_batch()  # [batch, d_in]
@@ -277,7 +274,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
         loss, x_hat, f = sae.loss(x, 0.0 if k else l1 * spread * ramp)
         loss.backward()
 
-        # The unit-norm rule: project, step, normalize. In this order.
+        # The unit-norm rule, in this order.
         sae.project_gradient()
         adam.step()
         sae.normalize()
@@ -291,7 +288,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
             fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
             l0 = (f > 0).sum() / len(x)
             bar.set_postfix(fvu=fvu.item(), l0=l0.item(), dead=dead.sum().item())
-            if dead.any() and step < 0.85 * steps:  # later there is no time left to learn
+            if dead.any() and step < 0.85 * steps:  # after that, too little time to learn
                 resample(sae, adam, dead, torch.cat([next_batch() for _ in range(8)]))
             fired[:] = False
             save()
@@ -308,9 +305,12 @@ def resample(sae, adam, dead, x):
     drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
     # Encoder and decoder both point there. The encoder has a fifth of the mean length, as in the
-    # paper: at full length, features that were revived at a huge x made training diverge.
+    # paper (with more, features pointed at a huge error made training diverge); with k, as much as
+    # lifts this example's pre to about 3 times the threshold, or it would hardly fire again.
+    length = 3 * sae.threshold[revived] / error[drawn].norm(dim=-1)  # [n_revived]
+    length = length.clamp(min=0.2 * sae.W_enc.norm(dim=0).mean())
     sae.W_dec[revived] = direction
-    sae.W_enc[:, revived] = 0.2 * sae.W_enc.norm(dim=0).mean() * direction.T
+    sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = 0.0
     # Adam forgets where the old features were going.
     for average in ("exp_avg", "exp_avg_sq"):
@@ -324,7 +324,7 @@ def cross_entropy(model, hook_name, rows, replace):
     the activations x [n, seq_len - 1, d_in] at the hook. BOS keeps its own."""
     def splice(act, hook):
         x = act[:, 1:]
-        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (heads joined, and parted again)
+        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (heads: joined, parted)
         return torch.cat([act[:, :1], x_hat], dim=1)
     total = 0.0
     for part in tqdm(rows.split(4), "evaluating", leave=False):
@@ -341,13 +341,13 @@ def evaluate(model, hook_name, sae, rows):
     acts = torch.cat([get_activations(model, hook_name, part) for part in rows.split(4)])
     x = rearrange(acts[:, 1:], "row pos d_in -> (row pos) d_in")
     error = 0.0
-    fired = 0  # becomes [d_sae]: on how many tokens
+    fired = 0  # becomes [d_sae]: tokens on which each fires
     for part in x.split(2048):
         x_hat, f = sae(part)
         error += (x_hat - part).pow(2).sum().item()
         fired += (f > 0).sum(0)
     metrics = {
-        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # (nan for 0 / 0)
+        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # (nan, not / 0)
         "ce": ce, "ce_sae": ce_sae, "ce_zero": ce_zero,
         "l0": fired.sum().item() / len(x),
         "fvu": error / (x - x.mean(0)).pow(2).sum().item(),
@@ -380,8 +380,7 @@ def report(model, hook_name, sae, rows, metrics, frequency, page):
                 style = f"#000000 on rgb(255,{pale},{pale // 2})" if value > 0 else ""
                 line.append(repr(word)[1:-1], style)  # (repr: a newline as \n)
             console.print(line, no_wrap=True)
-
-    console.save_html(page, clear=False)  # first, since print fails on characters a terminal lacks
+    console.save_html(page, clear=False)  # before print, which may fail on a terminal
     print(console.export_text(styles=sys.stdout.isatty()))
 
 # ---- 8. All of it, in order ----------------------------------------------------------
@@ -401,7 +400,7 @@ def run(args):
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    def save():  # to a new file first: if killed midway, the old one is still whole
+    def save():  # into a new file: if it is killed midway, the old one is still whole
         torch.save(sae.state_dict(), out / "new.pt")
         (out / "new.pt").replace(out / "sae.pt")
 
@@ -430,8 +429,9 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--seed", type=int, default=0, help="of the weights and the order of activations")
     args = parser.parse_args(argv)
-    if min(args.seq_len, args.held_out, args.batch_size) < 2 or 0 in (args.d_sae, args.k, args.lr):
-        parser.error("--seq-len, --held-out, --batch-size: at least 2; --d-sae, --k, --lr: not 0")
+    sizes = [args.seq_len - 1, args.held_out - 1, args.batch_size, args.d_sae, args.k, args.lr]
+    if any(size is not None and size <= 0 for size in sizes):
+        parser.error("--seq-len, --held-out: at least 2; --batch-size, --d-sae, --k, --lr: above 0")
     if args.steps < 1 and not args.load:
         parser.error("--steps 0 only measures what --load names")
     run(args)
