@@ -28,6 +28,7 @@ import sysconfig
 from glob import escape, glob
 from itertools import islice
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
@@ -170,14 +171,14 @@ class SparseAutoencoder(torch.nn.Module):
         super().__init__()
         self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
         # The encoder begins as the decoder, transposed, times 0.3: then x_hat begins about as large
-        # as x. (Half of the features fire: 0.3 / 2 * d_sae / d_in times; that is 1.2 for 8 d_in.)
+        # as x. (Half of the features fire, so 0.3 / 2 * d_sae / d_in times: 1.2 for 8 d_in.)
         self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("threshold", torch.zeros(d_sae))  # all equal, unless loaded
 
     def pre_activations(self, x):
-        # Multiplied out: (x - b_dec) @ W_enc would take a large product more, for b_dec's gradient.
+        # Multiplied out: (x - b_dec) @ W_enc costs one more large product, for b_dec's gradient.
         return x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # [..., d_sae]
 
     def encode(self, x):
@@ -216,11 +217,10 @@ class SparseAutoencoder(torch.nn.Module):
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
 
-    @torch.no_grad()
     def normalize(self):
         """After the step: brings the rows back to length 1, since even a step at a right angle
         lengthens a row, by Pythagoras. (The first replication did not.)"""
-        self.W_dec.data = F.normalize(self.W_dec, dim=-1)
+        self.W_dec.data = F.normalize(self.W_dec.data, dim=-1)
 
     @classmethod
     @torch.no_grad()
@@ -243,8 +243,8 @@ class SparseAutoencoder(torch.nn.Module):
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called some 20 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
-    # If x doubles, so should f and the biases: their learning rate is multiplied by spread. The
-    # squared error would be 4 times as large, the L1 norm only twice: so l1 is multiplied, too.
+    # If x doubles, so should f and the biases: spread (per entry of x) is in their learning rate.
+    # The squared error would be 4 times as large, the L1 norm only twice: so spread is in l1, too.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     if not sae.b_dec.any():  # a new SAE
@@ -253,9 +253,9 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     # 0.27 / sqrt(d_sae), and less beyond 1,500 steps. (All of it was found by experiment.)
     lr = lr or 0.27 / len(sae.b_enc) ** 0.5 / max(1, steps / 1500) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer die so)
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer features die)
         {"params": [sae.W_dec], "lr": lr},
-        {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},  # (per entry)
+        {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
     ], betas=(0.9, 0.99), fused=True)
     # The rates warm up over the first twentieth of the run, and fall to 0 over the last fifth.
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -324,7 +324,7 @@ def cross_entropy(model, hook_name, rows, replace):
     the activations x [n, seq_len - 1, d_in] at the hook. BOS keeps its own."""
     def splice(act, hook):
         x = act[:, 1:]
-        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (heads: joined, parted)
+        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (joins heads, parts them)
         return torch.cat([act[:, :1], x_hat], dim=1)
     total = 0.0
     for part in tqdm(rows.split(4), "evaluating", leave=False):
@@ -347,7 +347,7 @@ def evaluate(model, hook_name, sae, rows):
         error += (x_hat - part).pow(2).sum().item()
         fired += (f > 0).sum(0)
     metrics = {
-        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # (nan, not / 0)
+        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # nan if ce_zero = ce
         "ce": ce, "ce_sae": ce_sae, "ce_zero": ce_zero,
         "l0": fired.sum().item() / len(x),
         "fvu": error / (x - x.mean(0)).pow(2).sum().item(),
@@ -360,7 +360,7 @@ def evaluate(model, hook_name, sae, rows):
 def report(model, hook_name, sae, rows, metrics, frequency, page):
     """Prints metrics and up to twenty features, from rare to frequent, each with the five rows
     in which it fires most. Writes the same to the HTML file `page`."""
-    console = Console(record=True, file=io.StringIO(), width=100, highlight=False)  # records
+    console = Console(record=True, file=io.StringIO(), width=100, highlight=False)  # only records
     for name, value in metrics.items():
         console.print(f"{name:>14}  {value:.4f}")
     # Features that fire on fewer than 2 of 10,000 tokens are left out: they have few examples.
@@ -380,7 +380,7 @@ def report(model, hook_name, sae, rows, metrics, frequency, page):
                 style = f"#000000 on rgb(255,{pale},{pale // 2})" if value > 0 else ""
                 line.append(repr(word)[1:-1], style)  # (repr: a newline as \n)
             console.print(line, no_wrap=True)
-    console.save_html(page, clear=False)  # before print, which may fail on a terminal
+    console.save_html(page, clear=False)  # before print: a terminal may lack a character
     print(console.export_text(styles=sys.stdout.isatty()))
 
 # ---- 8. All of it, in order ----------------------------------------------------------
@@ -414,7 +414,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny-1l", help="tiny-1l, gelu-1l, a model on the Hub, or a folder")
-    add("--hook", default="blocks.0.mlp.hook_post", help="where x is: TransformerLens's name")
+    add("--hook", default="blocks.0.mlp.hook_post", help="where x is; TransformerLens's name for it")
     add("--dataset", default="stdlib", help="stdlib, 'files/*.txt', or NAME[:SUBSET] on the Hub")
     add("--seq-len", type=int, default=128, help="tokens in a row, with BOS")
     add("--held-out", type=int, default=384, help="rows to measure on, never trained on")
