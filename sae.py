@@ -241,7 +241,7 @@ class SparseAutoencoder(torch.nn.Module):
 
 # ---- 5. Training ---------------------------------------------------------------------
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
-    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called some 20 times."""
+    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called about 20 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
     # If x doubles, so should f and the biases: spread (per entry of x) is in their learning rate.
     # The squared error would be 4 times as large, the L1 norm only twice: so spread is in l1, too.
@@ -256,7 +256,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
         {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer features die)
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
-    ], betas=(0.9, 0.99), fused=True)
+    ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: small beside any gradient)
     # The rates warm up over the first twentieth of the run, and fall to 0 over the last fifth.
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda done: min(1, 20 * (done + 1) / steps, 5 * (1 - done / steps)))
@@ -307,7 +307,7 @@ def resample(sae, adam, dead, x):
     # Encoder and decoder both point there. The encoder has a fifth of the mean length, as in the
     # paper (with more, features pointed at a huge error made training diverge); with k, as much as
     # lifts this example's pre to about 3 times the threshold, or it would hardly fire again.
-    length = 3 * sae.threshold[revived] / error[drawn].norm(dim=-1)  # [n_revived]
+    length = 3 * sae.threshold[revived] / (error[drawn].norm(dim=-1) + 1e-30)  # [n_revived]
     length = length.clamp(min=0.2 * sae.W_enc.norm(dim=0).mean())
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
@@ -379,7 +379,7 @@ def report(model, hook_name, sae, rows, metrics, frequency, page):
                 pale = 255 - int(155 * value / peak.max())  # the larger f, the deeper orange
                 style = f"#000000 on rgb(255,{pale},{pale // 2})" if value > 0 else ""
                 line.append(repr(word)[1:-1], style)  # (repr: a newline as \n)
-            console.print(line, no_wrap=True)
+            console.print(line, soft_wrap=True)
     console.save_html(page, clear=False)  # before print: a terminal may lack a character
     print(console.export_text(styles=sys.stdout.isatty()))
 
@@ -414,10 +414,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny-1l", help="tiny-1l, gelu-1l, a model on the Hub, or a folder")
-    add("--hook", default="blocks.0.mlp.hook_post", help="where x is; TransformerLens's name for it")
+    add("--hook", default="blocks.0.mlp.hook_post", help="where x is: a name of TransformerLens")
     add("--dataset", default="stdlib", help="stdlib, 'files/*.txt', or NAME[:SUBSET] on the Hub")
     add("--seq-len", type=int, default=128, help="tokens in a row, with BOS")
-    add("--held-out", type=int, default=384, help="rows to measure on, never trained on")
+    add("--held-out", type=int, default=384, help="rows to measure on, if so many (1 in 32) there are")
     add("--d-sae", type=int, help="number of features; if not given, 8 times d_in")
     add("--l1", type=float, default=0.07, help="weight of the L1 penalty, in units of x's spread")
     add("--k", type=int, help="features that fire per token, on average; replaces L1")
@@ -429,9 +429,9 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--seed", type=int, default=0, help="of the weights and the order of activations")
     args = parser.parse_args(argv)
-    sizes = [args.seq_len - 1, args.held_out - 1, args.batch_size, args.d_sae, args.k, args.lr]
+    sizes = [args.seq_len - 1, args.held_out - 1, args.batch_size - 1, args.d_sae, args.k, args.lr]
     if any(size is not None and size <= 0 for size in sizes):
-        parser.error("--seq-len, --held-out: at least 2; --batch-size, --d-sae, --k, --lr: above 0")
+        parser.error("--seq-len, --held-out, --batch-size: at least 2; --d-sae, --k, --lr: above 0")
     if args.steps < 1 and not args.load:
         parser.error("--steps 0 only measures what --load names")
     run(args)

@@ -50,7 +50,7 @@ def main(model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     def main(*flags):
         S.main(["--dataset", TEXT, "--device", "cpu", "--d-sae", "256", "--batch-size", "64",
-                "--held-out", "4", "--steps", "20", *flags])
+                "--held-out", "4", "--steps", "25", *flags])
         return json.loads(Path("run/metrics.json").read_text())
     return main
 
@@ -95,7 +95,7 @@ def test_the_loss_and_all_four_gradients_are_those_of_the_plain_formula(threshol
 @pytest.mark.parametrize("order, holds", [
     ("project step normalize", True),
     ("project step", False), ("normalize project step", False)])  # as published, as mended at first
-def test_rows_keep_length_1_by_project_step_normalize_and_in_no_other_order(order, holds):
+def test_rows_keep_length_1_if_each_step_ends_with_normalize_and_else_not(order, holds):
     sae, x = make_sae(), torch.randn(256, 16)
     adam = torch.optim.Adam(sae.parameters(), lr=0.01)
     act = {"project": sae.project_gradient, "step": adam.step, "normalize": sae.normalize}
@@ -176,7 +176,7 @@ def test_x_eight_times_as_large_gives_the_same_sae_with_f_eight_times_as_large(s
         S.train(sae, lambda: scale * next_batch(), 60, **sparsity)
         found.append([sae.W_enc, sae.W_dec, sae.b_enc / scale, sae.b_dec / scale])
     for one, eight in zip(*found):
-        assert (one - eight).abs().mean() < 0.05 * one.abs().mean()
+        assert (one - eight).abs().mean() < 1e-3 * one.abs().mean()
 
 def weights_of(name, steps=100, next_batch=sparse_sums()[1], **flags):
     """What train passes to sae.loss as l1, or to sae.move_threshold as k, at each step"""
@@ -202,6 +202,7 @@ def test_even_a_single_step_trains():
     sae = make_sae(d_in=32)
     S.train(sae, sparse_sums()[1], 1)
     assert (sae.W_enc - make_sae(d_in=32).W_enc).abs().max() > 1e-3
+    assert (sae.b_dec - make_sae(d_in=32).b_dec).abs().max() < 0.05, "b_dec is kept, if it is not 0"
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_resample_draws_by_the_square_of_the_loss_and_changes_the_dead_alone(threshold):
@@ -405,7 +406,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_one(main, monkeypatch):
     assert Path("run/sae.pt").read_bytes() == before
 
 @pytest.mark.parametrize("flags", ["--steps 0", "--k 0", "--d-sae 0", "--lr -1", "--seq-len 1"])
-def test_a_flag_that_makes_no_sense_is_refused_by_its_name(flags, main, capsys):
+def test_a_flag_that_makes_no_sense_is_refused(flags, main, capsys):
     with pytest.raises(SystemExit):
         main(*flags.split())
     assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
