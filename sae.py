@@ -417,7 +417,7 @@ def main(argv=None):
     add("--hook", default="blocks.0.mlp.hook_post", help="where x is: a name of TransformerLens")
     add("--dataset", default="stdlib", help="stdlib, 'files/*.txt', or NAME[:SUBSET] on the Hub")
     add("--seq-len", type=int, default=128, help="tokens in a row, with BOS")
-    add("--held-out", type=int, default=384, help="rows to measure on, if so many (1 in 32) there are")
+    add("--held-out", type=int, default=384, help="rows to measure on, at most; 1 in 32 is held out")
     add("--d-sae", type=int, help="number of features; if not given, 8 times d_in")
     add("--l1", type=float, default=0.07, help="weight of the L1 penalty, in units of x's spread")
     add("--k", type=int, help="features that fire per token, on average; replaces L1")

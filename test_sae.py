@@ -340,8 +340,7 @@ def test_the_buffer_stays_where_it_is_and_is_never_copied():
 # ---- Evaluation and report -----------------------------------------------------------
 def test_every_metric_is_what_other_means_give(model, rows, plain):
     sae = make_sae(0.1, 512, 64)
-    sae.W_enc.data[:, :5] = 0.0
-    sae.b_enc.data[:5] = -1.0  # five dead ones
+    sae.W_enc.data[:, :5], sae.b_enc.data[:5] = 0.0, -1.0  # five dead ones
     metrics, frequency = S.evaluate(model, HOOK, sae, rows)
     ce, x = plain(lambda x: x)
     ce_sae, ce_zero = plain(lambda x: sae(x)[0])[0], plain(torch.zeros_like)[0]
