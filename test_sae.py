@@ -418,7 +418,7 @@ def block(page, part):
 @pytest.mark.parametrize("part, shown", [
     ("to_tokens", r"'<.endoftext.>' .*\n'for'( \d+){3}\n' i'( \d+){3}\n"),
     ("randn", r"FVU 0\.\d+\n"),
-    ("ln_final", r"up (\[.*\])\ndown (?!\1)"),
+    ("ln_final", r"up (\[.*\]) down (?!\1)"),
     ("histc", r"from +0\.001% of tokens: (.*\n){10}$"),
     ("load_file", "")])
 def test_a_recipe_runs_as_it_stands(part, shown, main, capsys):
