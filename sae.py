@@ -229,7 +229,7 @@ class SparseAutoencoder(torch.nn.Module):
         if source in ("run1", "run2"):
             file = {"run1": "25.pt", "run2": "47.pt"}[source]
             source = hf_hub_download("NeelNanda/sparse_autoencoder", file)
-        weights = torch.load(source, map_location="cpu", weights_only=True)
+        weights = torch.load(source, map_location="cpu")
         sae = cls(*weights["W_enc"].shape)
         sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1, run2: none, so 0)
         # Rows of W_dec come to length 1; f is multiplied by what they had: x_hat stays the same.
@@ -302,7 +302,7 @@ def resample(sae, adam, dead, x):
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: loss squared; never 0
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived]
-    drawn = torch.multinomial(weight, len(revived), replacement=False)  # [n_revived]
+    drawn = torch.multinomial(weight, len(revived))  # [n_revived], without replacement
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
     # Encoder and decoder both point there. The encoder has a fifth of the mean length, as in the
     # paper (with more, features pointed at a huge error made training diverge); with k, as much as
@@ -365,7 +365,7 @@ def report(model, hook_name, sae, rows, metrics, frequency, page):
         console.print(f"{name:>14}  {value:.4f}")
     # Features that fire on fewer than 2 of 10,000 tokens are left out: they have few examples.
     order = [i for i in frequency.argsort().tolist() if frequency[i] > 2e-4]
-    shown = order[::math.ceil(len(order) / 20) or 1]
+    shown = order[::len(order) // 20 + 1]  # every so-many-th: at most twenty
     acts = (get_activations(model, hook_name, part) for part in rows.split(4))
     f = torch.cat([sae.encode(act)[..., shown] for act in acts])  # [n, seq_len, shown]
     f[:, 0] = 0.0  # BOS, which the SAE was not trained on
@@ -417,7 +417,7 @@ def main(argv=None):
     add("--hook", default="blocks.0.mlp.hook_post", help="where x is: a name of TransformerLens")
     add("--dataset", default="stdlib", help="stdlib, 'files/*.txt', or NAME[:SUBSET] on the Hub")
     add("--seq-len", type=int, default=128, help="tokens in a row, with BOS")
-    add("--held-out", type=int, default=384, help="rows to measure on, at most; 1 in 32 is held out")
+    add("--held-out", type=int, default=384, help="rows to measure on, at most (1 in 32)")
     add("--d-sae", type=int, help="number of features; if not given, 8 times d_in")
     add("--l1", type=float, default=0.07, help="weight of the L1 penalty, in units of x's spread")
     add("--k", type=int, help="features that fire per token, on average; replaces L1")
