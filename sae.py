@@ -295,28 +295,29 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
 
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, pointed at
-    what the SAE misses in x [n, d_in], a few thousand examples. (The paper: at x itself.)"""
-    # Examples are drawn in proportion to the square of their loss, and none twice: otherwise a
-    # few huge losses would give many copies of one feature.
+    """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, pointed at what
+    the SAE misses in examples of x [n, d_in], a few thousand. (The paper: at the examples.)"""
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: loss squared; never 0
+    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: how likely each is drawn: its loss squared
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived]
-    drawn = torch.multinomial(weight, len(revived))  # [n_revived], without replacement
+    drawn = torch.multinomial(weight, len(revived))  # [n_revived], no example twice
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
+    # Of those that point nearly the same way (where x is huge, errors are alike) only the first is
+    # revived: together they would write many times what is missing, and training would diverge.
+    first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived]: no such one before
+    revived, drawn, direction = revived[first], drawn[first], direction[first]
     # Encoder and decoder both point there. The encoder has a fifth of the mean length, as in the
-    # paper (with more, features pointed at a huge error made training diverge); with k, as much as
-    # lifts this example's pre to about 3 times the threshold, or it would hardly fire again.
-    length = 3 * sae.threshold[revived] / (error[drawn].norm(dim=-1) + 1e-30)  # [n_revived]
-    length = length.clamp(min=0.2 * sae.W_enc.norm(dim=0).mean())
+    # paper. It fires where x reaches a third as far this way as the example's error does. (With a
+    # b_enc of 0, as in the paper, half of all tokens make it fire, and L1 soon kills it again.)
+    length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
-    sae.b_enc[revived] = 0.0
-    # Adam forgets where the old features were going.
-    for average in ("exp_avg", "exp_avg_sq"):
-        adam.state[sae.W_dec][average][revived] = 0.0
-        adam.state[sae.W_enc][average][:, revived] = 0.0
-        adam.state[sae.b_enc][average][revived] = 0.0
+    sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 3
+    # Adam forgets where the old features were going. How large gradients are, it takes from all
+    # features: from 0, the first steps would be twice as long, and many would soon be dead again.
+    for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
+        adam.state[weight]["exp_avg"][place] = 0.0
+        adam.state[weight]["exp_avg_sq"][place] = adam.state[weight]["exp_avg_sq"].mean()
 
 # ---- 6. Evaluation -------------------------------------------------------------------
 def cross_entropy(model, hook_name, rows, replace):
@@ -340,8 +341,7 @@ def evaluate(model, hook_name, sae, rows):
     ce_zero = cross_entropy(model, hook_name, rows, torch.zeros_like)
     acts = torch.cat([get_activations(model, hook_name, part) for part in rows.split(4)])
     x = rearrange(acts[:, 1:], "row pos d_in -> (row pos) d_in")
-    error = 0.0
-    fired = 0  # becomes [d_sae]: tokens on which each fires
+    error, fired = 0.0, 0  # fired becomes [d_sae]: on how many tokens each fires
     for part in x.split(2048):
         x_hat, f = sae(part)
         error += (x_hat - part).pow(2).sum().item()
