@@ -241,19 +241,19 @@ class SparseAutoencoder(torch.nn.Module):
 
 # ---- 5. Training ---------------------------------------------------------------------
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
-    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called about 20 times."""
+    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called up to 21 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
-    # If x doubles, so should f and the biases: spread (per entry of x) is in their learning rate.
-    # The squared error would be 4 times as large, the L1 norm only twice: so spread is in l1, too.
+    # If x doubles, f does, too, and the biases should: spread (per entry of x) is in their rate.
+    # The squared error would be 4 times as large, the L1 norm only twice: so spread multiplies l1.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     if not sae.b_dec.any():  # a new SAE
         sae.b_dec.data = x.mean(0)
 
-    # 0.27 / sqrt(d_sae), and less beyond 1,500 steps. (All of it was found by experiment.)
+    # 0.27 / sqrt(d_sae), and less beyond 1,500 steps. (The numbers come from experiments.)
     lr = lr or 0.27 / len(sae.b_enc) ** 0.5 / max(1, steps / 1500) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (with k, fewer features die)
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (so that fewer die)
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
     ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: small beside any gradient)
@@ -295,26 +295,26 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
 
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, pointed at what
-    the SAE misses in examples of x [n, d_in], a few thousand. (The paper: at the examples.)"""
+    """The paper's neuron resampling: dead features (dead [d_sae], bool), no two alike, start anew,
+    pointed at the SAE's errors on examples from x [n, d_in]. (The paper: at the examples.)"""
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    weight = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: how likely each is drawn: its loss squared
-    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived]
-    drawn = torch.multinomial(weight, len(revived))  # [n_revived], no example twice
+    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n], to be drawn: squared error, squared; never 0
+    revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most n
+    drawn = torch.multinomial(odds, len(revived))  # [n_revived], no example twice
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
-    # Of those that point nearly the same way (where x is huge, errors are alike) only the first is
-    # revived: together they would write many times what is missing, and training would diverge.
-    first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived]: no such one before
+    # A direction within 45 degrees of one drawn before is dropped (where x is huge, errors are
+    # alike): together they would write many times what is missing, and training would diverge.
+    first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived], bool
     revived, drawn, direction = revived[first], drawn[first], direction[first]
-    # Encoder and decoder both point there. The encoder has a fifth of the mean length, as in the
-    # paper. It fires where x reaches a third as far this way as the example's error does. (With a
-    # b_enc of 0, as in the paper, half of all tokens make it fire, and L1 soon kills it again.)
+    # Encoder and decoder both point there; the encoder's length is a fifth of the mean, as in the
+    # paper. It fires where (x - b_dec) @ direction is above a third of the error's length. (With
+    # the paper's b_enc, 0, half of all tokens make it fire, and L1 soon kills it again.)
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 3
-    # Adam forgets where the old features were going. How large gradients are, it takes from all
-    # features: from 0, the first steps would be twice as long, and many would soon be dead again.
+    # Adam forgets where the old features were going. How large the squares of gradients are is
+    # taken from all features: from 0, steps would soon be too long, and many would die again.
     for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][place] = 0.0
         adam.state[weight]["exp_avg_sq"][place] = adam.state[weight]["exp_avg_sq"].mean()
