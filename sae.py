@@ -253,7 +253,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     # 0.27 / sqrt(d_sae), and less beyond 1,500 steps. (The numbers come from experiments.)
     lr = lr or 0.27 / len(sae.b_enc) ** 0.5 / max(1, steps / 1500) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (so that fewer die)
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (so fewer features die)
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
     ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: small beside any gradient)
@@ -313,8 +313,8 @@ def resample(sae, adam, dead, x):
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 3
-    # Adam forgets where the old features were going. How large the squares of gradients are is
-    # taken from all features: from 0, steps would soon be too long, and many would die again.
+    # Adam forgets where the old features were going. Its average of squared gradients becomes that
+    # of all features: from 0, steps would soon be too long, and many would die again.
     for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][place] = 0.0
         adam.state[weight]["exp_avg_sq"][place] = adam.state[weight]["exp_avg_sq"].mean()
