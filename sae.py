@@ -250,18 +250,18 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     if not sae.b_dec.any():  # a new SAE
         sae.b_dec.data = x.mean(0)
 
-    # 0.27 / sqrt(d_sae), and less beyond 1,500 steps. (The numbers come from experiments.)
-    lr = lr or 0.27 / len(sae.b_enc) ** 0.5 / max(1, steps / 1500) ** (1 / 3)
+    # 0.37 / sqrt(d_sae), and less beyond 600 steps. (The numbers come from experiments.)
+    lr = lr or 0.37 / len(sae.b_enc) ** 0.5 / max(1, steps / 600) ** (1 / 3)
     adam = torch.optim.Adam([
         {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (so fewer features die)
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
     ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: small beside any gradient)
-    # The rates warm up over the first twentieth of the run, and fall to 0 over the last fifth.
+    # The rates warm up over the first twentieth of the run, and fall to 0 over the last third.
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda done: min(1, 20 * (done + 1) / steps, 5 * (1 - done / steps)))
+        adam, lambda done: min(1, 20 * (done + 1) / steps, 3 * (1 - done / steps)))
     look_every = max(10, steps // 20)  # steps between two looks for dead features
-    fired = torch.zeros_like(sae.b_enc, dtype=torch.bool)  # [d_sae], since the last look
+    dead = torch.ones_like(sae.b_enc, dtype=torch.bool)  # [d_sae]: not fired since the last look
     bar = tqdm(range(1, steps + 1))
     for step in bar:
         # Over the first half of the run l1 grows from 0, or k falls from 8 times its value. If few
@@ -282,15 +282,14 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
         scheduler.step()
 
         # ---- The step is done. Now and then: show figures, revive dead features, save. ----
-        fired |= (f > 0).any(dim=0)
+        dead &= ~(f > 0).any(dim=0)
         if step % look_every == 0 or step == steps:
-            dead = ~fired
             fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
             l0 = (f > 0).sum() / len(x)
             bar.set_postfix(fvu=fvu.item(), l0=l0.item(), dead=dead.sum().item())
             if dead.any() and step < 0.85 * steps:  # after that, too little time to learn
                 resample(sae, adam, dead, torch.cat([next_batch() for _ in range(8)]))
-            fired[:] = False
+            dead[:] = True
             save()
 
 @torch.no_grad()
@@ -307,17 +306,18 @@ def resample(sae, adam, dead, x):
     first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived], bool
     revived, drawn, direction = revived[first], drawn[first], direction[first]
     # Encoder and decoder both point there; the encoder's length is a fifth of the mean, as in the
-    # paper. It fires where (x - b_dec) @ direction is above a third of the error's length. (With
+    # paper. It fires where (x - b_dec) @ direction is above a quarter of the error's length. (With
     # the paper's b_enc, 0, half of all tokens make it fire, and L1 soon kills it again.)
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
-    sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 3
-    # Adam forgets where the old features were going. Its average of squared gradients becomes that
-    # of all features: from 0, steps would soon be too long, and many would die again.
+    sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 4
+    # Adam forgets where the old features were going, and its averages of squared gradients become
+    # typical ones (by a mean of roots, as a few are huge): from 0, steps would soon be too long.
     for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][place] = 0.0
-        adam.state[weight]["exp_avg_sq"][place] = adam.state[weight]["exp_avg_sq"].mean()
+        squared = adam.state[weight]["exp_avg_sq"]
+        squared[place] = squared.sqrt().mean() ** 2
 
 # ---- 6. Evaluation -------------------------------------------------------------------
 def cross_entropy(model, hook_name, rows, replace):

@@ -210,42 +210,42 @@ def test_resample_draws_by_the_square_of_the_loss_and_changes_the_dead_alone(thr
     adam = torch.optim.Adam(sae.parameters())
     sae.loss(torch.randn(100, 16))[0].backward()
     adam.step()
-    def moments(name):
-        W_dec, W_enc, b_enc = [adam.state[w][name] for w in (sae.W_dec, sae.W_enc, sae.b_enc)]
-        return W_dec, W_enc.T, b_enc  # a row a feature
-    squares = deepcopy(moments("exp_avg_sq"))
+    states = [adam.state[weight] for weight in (sae.W_dec, sae.W_enc, sae.b_enc)]
+    squares = [state["exp_avg_sq"].clone() for state in states]
     sae.b_enc.data[:], sae.b_dec.data[:] = -1e9, 0.0  # so bad that the error is x itself
     before = deepcopy(sae)
     x = F.normalize(torch.randn(1060, 16), dim=-1)
     x[1000:] *= 4  # their loss is 16 times as large, its square 256 times
-    x[1050:] = x[1049]  # and eleven are the same
+    x[1050:] = x[1049] * torch.tensor([1, -1]).repeat(5)[:, None]  # eleven: the same, or opposite
     S.resample(sae, adam, dead, x)
     kept = (sae.W_dec == before.W_dec).all(dim=1)  # [48]
     cosine, drawn = (sae.W_dec[~kept] @ F.normalize(x, dim=-1).T).max(dim=1)
     assert cosine.min() > 0.999 and drawn.unique().numel() == len(drawn) > 20, "none twice"
     assert (drawn >= 1000).float().mean() > 0.75, "by the loss itself, it would be half of them"
-    assert (sae.W_dec[~kept] @ sae.W_dec[~kept].T).tril(-1).max() < 0.7, "and none alike"
+    alike = (sae.W_dec[~kept] @ sae.W_dec[~kept].T).tril(-1)
+    assert alike.max() < 0.7 and alike.min() < -0.999, "and none alike, but opposites are not"
     fifth, reach = 0.2 * before.W_enc.norm(dim=0).mean(), x[drawn].norm(dim=-1)
     torch.testing.assert_close(sae.W_enc[:, ~kept], fifth * sae.W_dec[~kept].T)
-    torch.testing.assert_close(sae.b_enc[~kept], sae.threshold[~kept] - fifth * reach / 3)
+    torch.testing.assert_close(sae.b_enc[~kept], sae.threshold[~kept] - fifth * reach / 4)
     assert kept[40:].all() and torch.equal(sae.b_dec, before.b_dec)
     assert torch.equal(sae.W_enc[:, kept], before.W_enc[:, kept])
     assert torch.equal(sae.b_enc[kept], before.b_enc[kept])
-    for average, square, was in zip(moments("exp_avg"), moments("exp_avg_sq"), squares):
-        assert not average[~kept].any() and average[kept].any()
-        assert torch.equal(square[kept], was[kept]) and (square[~kept] == was.mean()).all()
+    for state, square, new in zip(states, squares, (~kept, (..., ~kept), ~kept)):
+        assert state["exp_avg"].any() and not state["exp_avg"][new].any()
+        square[new] = square.sqrt().mean() ** 2
+        torch.testing.assert_close(state["exp_avg_sq"], square, atol=0.0, rtol=1e-5)
 
 def test_dead_features_come_back_and_none_is_revived_near_the_end(monkeypatch):
     sae, looks, revived, resample = make_sae(d_in=32), [], [], S.resample
     sae.b_enc.data[:20] = -100.0
-    monkeypatch.setattr(S, "resample", lambda *args: revived.append(len(looks)) or resample(*args))
+    monkeypatch.setattr(S, "resample", lambda *args: revived.append(sum(args[2])) or resample(*args))
     def save():
-        looks.append(1)
-        sae.b_enc.data[0] = -100.0  # this one dies again and again
+        looks.append(sae.b_enc.data[30].fill_(-100.0))  # this one dies again and again
     next_batch = sparse_sums()[1]
-    S.train(sae, next_batch, 400, k=4, save=save)
-    assert len(looks) == 20 and revived == [*range(16)], "after each look of the first 85 %"
-    assert (sae.encode(next_batch()) > 0).any(dim=0)[1:20].sum() > 15
+    S.train(sae, lambda: next_batch()[:8], 400, k=4, save=save)
+    assert len(looks) == 20 and len(revived) == 16, "after each look of the first 85 %"
+    assert max(revived[1:]) < 10, "those alone that were not in any of its batches"
+    assert (sae.encode(next_batch()) > 0).any(dim=0)[:20].sum() > 15
 
 # ---- Data ----------------------------------------------------------------------------
 def texts_of(data, tokenizer):
