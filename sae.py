@@ -68,7 +68,7 @@ def all_tokens(dataset, tokenizer):
             # split_special_tokens: a "<|endoftext|>" in the text is ordinary text, not an EOS.
             yield from tokenizer(example["text"] or "", add_special_tokens=False,
                                  split_special_tokens=True)["input_ids"]
-        elif "tokens" in example:  # already tokenized; without its BOS, token_rows adds ours
+        elif "tokens" in example:  # already tokenized; its BOS goes, as token_rows adds one
             yield from (t for t in example["tokens"] if t != tokenizer.bos_token_id)
         else:
             raise ValueError(f"--dataset {dataset}: no text or tokens, but {list(example)}")
@@ -87,7 +87,7 @@ def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
     """Rows 0, 32, 64, ... are never trained on. Returns the first n_held_out of these, a tensor
     [n_held_out, seq_len], and a generator of all other rows, pass after pass."""
     held_out = list(islice(token_rows(dataset, tokenizer, seq_len), 0, 32 * n_held_out, 32))
-    if len(held_out) < 2:  # (with a single row, training_rows would never yield)
+    if len(held_out) < 2:  # (a single row would leave none for training_rows)
         raise ValueError(f"--dataset {dataset}: it has fewer than 33 rows of tokens")
 
     def training_rows():
@@ -178,7 +178,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))  # all equal, unless loaded
 
     def pre_activations(self, x):
-        # Multiplied out: (x - b_dec) @ W_enc costs one more large product, for b_dec's gradient.
+        # Multiplied out: in (x - b_dec) @ W_enc, b_dec's gradient would cost a large product more.
         return x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # [..., d_sae]
 
     def encode(self, x):
@@ -219,7 +219,7 @@ class SparseAutoencoder(torch.nn.Module):
 
     def normalize(self):
         """After the step: brings the rows back to length 1, since even a step at a right angle
-        lengthens a row, by Pythagoras. (The first replication did not.)"""
+        lengthens a row, by Pythagoras. (The first replication left this out.)"""
         self.W_dec.data = F.normalize(self.W_dec.data, dim=-1)
 
     @classmethod
@@ -232,7 +232,7 @@ class SparseAutoencoder(torch.nn.Module):
         weights = torch.load(source, map_location="cpu")
         sae = cls(*weights["W_enc"].shape)
         sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1, run2: none, so 0)
-        # Rows of W_dec come to length 1; f is multiplied by what they had: x_hat stays the same.
+        # Rows of W_dec come to length 1; f is multiplied by their old length: x_hat stays the same.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length
@@ -241,9 +241,9 @@ class SparseAutoencoder(torch.nn.Module):
 
 # ---- 5. Training ---------------------------------------------------------------------
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
-    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called up to 21 times."""
+    """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called some 20 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
-    # If x doubles, f does, too, and the biases should: spread (per entry of x) is in their rate.
+    # If x doubles, f does, too, and so must the biases: so their rate has spread (per entry of x).
     # The squared error would be 4 times as large, the L1 norm only twice: so spread multiplies l1.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
@@ -294,26 +294,26 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
 
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's neuron resampling: dead features (dead [d_sae], bool), no two alike, start anew,
-    pointed at the SAE's errors on examples from x [n, d_in]. (The paper: at the examples.)"""
+    """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, pointed at the
+    SAE's errors on examples from x [n, d_in], all different. (The paper: at the examples.)"""
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n], to be drawn: squared error, squared; never 0
+    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n], of being drawn: squared error, squared; not 0
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most n
     drawn = torch.multinomial(odds, len(revived))  # [n_revived], no example twice
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
-    # A direction within 45 degrees of one drawn before is dropped (where x is huge, errors are
-    # alike): together they would write many times what is missing, and training would diverge.
+    # A direction within 45 degrees of one drawn before is dropped, its feature stays dead. (Huge x
+    # have errors alike, and if each copy wrote all that is missing, training would diverge.)
     first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived], bool
     revived, drawn, direction = revived[first], drawn[first], direction[first]
     # Encoder and decoder both point there; the encoder's length is a fifth of the mean, as in the
-    # paper. It fires where (x - b_dec) @ direction is above a quarter of the error's length. (With
-    # the paper's b_enc, 0, half of all tokens make it fire, and L1 soon kills it again.)
+    # paper. b_enc lets the feature fire where (x - b_dec) @ direction is above a quarter of the
+    # error's length. (With the paper's 0, it fires on half of all tokens, and L1 soon kills it.)
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 4
-    # Adam forgets where the old features were going, and its averages of squared gradients become
-    # typical ones (by a mean of roots, as a few are huge): from 0, steps would soon be too long.
+    # Adam's averages start anew, those of squared gradients at a typical value (a mean of roots: a
+    # few are huge). From 0, steps would be too long: Adam corrects for that at a run's start alone.
     for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][place] = 0.0
         squared = adam.state[weight]["exp_avg_sq"]
