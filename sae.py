@@ -11,9 +11,9 @@ Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` reads a million toke
 through tiny-1l, the small transformer beside this file, and finds 4,096 features in the
 activations of its 512 MLP neurons, in three minutes on two CPU cores. On held-out text it gets
 
-    loss_recovered  0.9725    1: the model predicts as well from x_hat as from x; 0: as from zeros
-    l0              36.1      how many features fire (are above 0) on a token, on average
-    fvu             0.1450    fraction of x's variance unexplained, that is, missing in x_hat
+    loss_recovered  0.9738    1: the model predicts as well from x_hat as from x; 0: as from zeros
+    l0              35.9      how many features fire (are above 0) on a token, on average
+    fvu             0.1431    fraction of x's variance unexplained, that is, missing in x_hat
     dead            0.0007    the fraction of features that never fire on that text
 
 Text becomes rows of tokens (section 1), and the model turns these into x (2). Shuffled batches
