@@ -243,7 +243,7 @@ class SparseAutoencoder(torch.nn.Module):
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called some 20 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
-    # If x doubles, f does, too, and so must the biases: so their rate has spread (per entry of x).
+    # If x doubles, so do f and, at best, the biases: hence spread (per entry of x) in their rate.
     # The squared error would be 4 times as large, the L1 norm only twice: so spread multiplies l1.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
@@ -297,12 +297,12 @@ def resample(sae, adam, dead, x):
     """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, pointed at the
     SAE's errors on examples from x [n, d_in], all different. (The paper: at the examples.)"""
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n], of being drawn: squared error, squared; not 0
+    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: the squared error, squared; never 0
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most n
     drawn = torch.multinomial(odds, len(revived))  # [n_revived], no example twice
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
-    # A direction within 45 degrees of one drawn before is dropped, its feature stays dead. (Huge x
-    # have errors alike, and if each copy wrote all that is missing, training would diverge.)
+    # A direction within 45 degrees of one drawn before is dropped: its feature stays dead. (Where
+    # x is huge, errors are alike; if each copy wrote all that is missing, training would diverge.)
     first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived], bool
     revived, drawn, direction = revived[first], drawn[first], direction[first]
     # Encoder and decoder both point there; the encoder's length is a fifth of the mean, as in the
