@@ -46,7 +46,7 @@ def open_dataset(name):
     files ("books/*.txt"; also .jsonl, .csv, .parquet), or NAME[:SUBSET] on Hugging Face's Hub"""
     if name == "stdlib":
         name = sysconfig.get_path("stdlib") + "/*.py"
-    # (escape: these are names now, but load_dataset would take them for patterns again)
+    # (escape: load_dataset would take a name with [ or * in it for a pattern)
     files = [escape(file) for file in sorted(glob(name, recursive=True))]
     if not files:  # then it is a name on the Hub, perhaps with a subset
         return load_dataset(*name.split(":"), split="train", streaming=True)
@@ -59,7 +59,7 @@ def open_dataset(name):
         if any(kind in ending for ending in endings):
             raise ValueError(f"--dataset {name}: files of several kinds, {endings}")
     return load_dataset("text", data_files=files, split="train", streaming=True,
-                        sample_by="document")
+                        sample_by="document")  # a whole file is one text
 
 def all_tokens(dataset, tokenizer):
     """Yields the tokens of all texts, EOS after each text: the same sequence at each call."""
@@ -68,7 +68,7 @@ def all_tokens(dataset, tokenizer):
             # split_special_tokens: a "<|endoftext|>" in the text is ordinary text, not an EOS.
             yield from tokenizer(example["text"] or "", add_special_tokens=False,
                                  split_special_tokens=True)["input_ids"]
-        elif "tokens" in example:  # already tokenized; its BOS goes, as token_rows adds one
+        elif "tokens" in example:  # already tokenized; a BOS is dropped: token_rows adds one
             yield from (t for t in example["tokens"] if t != tokenizer.bos_token_id)
         else:
             raise ValueError(f"--dataset {dataset}: no text or tokens, but {list(example)}")
@@ -87,7 +87,7 @@ def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
     """Rows 0, 32, 64, ... are never trained on. Returns the first n_held_out of these, a tensor
     [n_held_out, seq_len], and a generator of all other rows, pass after pass."""
     held_out = list(islice(token_rows(dataset, tokenizer, seq_len), 0, 32 * n_held_out, 32))
-    if len(held_out) < 2:  # (a single row would leave none for training_rows)
+    if len(held_out) < 2:  # (with one row in all, training_rows would loop forever)
         raise ValueError(f"--dataset {dataset}: it has fewer than 33 rows of tokens")
 
     def training_rows():
@@ -128,7 +128,7 @@ class ActivationBuffer:
         self.rows = rows  # yields rows of tokens, without end
         self.batch_size = batch_size
         first = get_x(torch.tensor([next(rows)], device=device))  # for its shape
-        self.per_row = first.shape[1] - 1  # BOS has the same x in all rows, and is left out
+        self.per_row = first.shape[1] - 1  # without BOS: nothing precedes it, so its x never varies
         # Nothing in `store` ever moves, since shuffling it would need twice its memory.
         # Instead, `order` says in which order its places are served. If order is 3 0 2 1 and
         # served is 2, places 3 and 0 may be overwritten, and place 2 comes next.
@@ -164,21 +164,21 @@ class SparseAutoencoder(torch.nn.Module):
 
     Row i of W_dec, of norm 1, is the direction of feature i; f[:, i] says how much of it is in
     each x. Two ways keep f sparse. As in the paper: the threshold is 0, which makes this a ReLU,
-    and the loss has an L1 penalty. Or, with k: no penalty, but move_threshold keeps the threshold
+    and the loss has an L1 penalty. Or, with --k: no penalty, but move_threshold keeps the threshold
     so high that on average k features a token exceed it (like BatchTopK, Bussmann et al. 2024)."""
 
     def __init__(self, d_in, d_sae):
         super().__init__()
         self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
         # The encoder begins as the decoder, transposed, times 0.3: then x_hat begins about as large
-        # as x. (Half of the features fire, so 0.3 / 2 * d_sae / d_in times: 1.2 for 8 d_in.)
+        # as x. (Over all rows, (x @ row) * row adds up to d_sae / d_in, or 8, times x; half fire.)
         self.W_enc = torch.nn.Parameter(0.3 * self.W_dec.data.T.contiguous())
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # all equal, unless loaded
+        self.register_buffer("threshold", torch.zeros(d_sae))  # all equal, but load may scale each
 
     def pre_activations(self, x):
-        # Multiplied out: in (x - b_dec) @ W_enc, b_dec's gradient would cost a large product more.
+        # Multiplied out: the gradient of (x - b_dec) would cost a product as large as x @ W_enc.
         return x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # [..., d_sae]
 
     def encode(self, x):
@@ -202,7 +202,7 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def move_threshold(self, x, k):
         """Moves the threshold a tenth of the way (one batch is noisy) towards the (k n)-th largest
-        pre over x [n, d_in]: on average k features a token are above that."""
+        of all pre of x [n, d_in]: above it are k features a token, on average."""
         pre = self.pre_activations(x).flatten()
         highest = pre.topk(min(round(k * len(x)), len(pre))).values
         self.threshold += 0.1 * (highest[-1].clamp(min=0) - self.threshold)  # (f stays >= 0)
@@ -231,8 +231,8 @@ class SparseAutoencoder(torch.nn.Module):
             source = hf_hub_download("NeelNanda/sparse_autoencoder", file)
         weights = torch.load(source, map_location="cpu")
         sae = cls(*weights["W_enc"].shape)
-        sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1, run2: none, so 0)
-        # Rows of W_dec come to length 1; f is multiplied by their old length: x_hat stays the same.
+        sae.load_state_dict({"threshold": sae.threshold, **weights})  # (run1, run2 have none: 0)
+        # Rows of W_dec come to length 1; pre, and so f, takes over the old one: x_hat is the same.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length
@@ -243,20 +243,20 @@ class SparseAutoencoder(torch.nn.Module):
 def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     """Trains `sae` in place. next_batch() -> x [batch, d_in]; save() is called some 20 times."""
     # spread: how far x typically is from its mean. (A median, since on a few tokens x is huge.)
-    # If x doubles, so do f and, at best, the biases: hence spread (per entry of x) in their rate.
+    # If x doubles, so do f and the best biases: hence spread, per entry of x, in the biases' rate.
     # The squared error would be 4 times as large, the L1 norm only twice: so spread multiplies l1.
     x = next_batch()
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
     if not sae.b_dec.any():  # a new SAE
         sae.b_dec.data = x.mean(0)
 
-    # 0.37 / sqrt(d_sae), and less beyond 600 steps. (The numbers come from experiments.)
+    # 0.37 / sqrt(d_sae), and less beyond 600 steps: form and numbers come from experiments.
     lr = lr or 0.37 / len(sae.b_enc) ** 0.5 / max(1, steps / 600) ** (1 / 3)
     adam = torch.optim.Adam([
         {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # (so fewer features die)
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
-    ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: small beside any gradient)
+    ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: 1e-8 is too much if x is small)
     # The rates warm up over the first twentieth of the run, and fall to 0 over the last third.
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda done: min(1, 20 * (done + 1) / steps, 3 * (1 - done / steps)))
@@ -286,7 +286,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
         if step % look_every == 0 or step == steps:
             fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
             l0 = (f > 0).sum() / len(x)
-            bar.set_postfix(fvu=fvu.item(), l0=l0.item(), dead=dead.sum().item())
+            bar.set_postfix(fvu=fvu.item(), l0=l0.item(), dead=dead.float().mean().item())
             if dead.any() and step < 0.85 * steps:  # after that, too little time to learn
                 resample(sae, adam, dead, torch.cat([next_batch() for _ in range(8)]))
             dead[:] = True
@@ -294,26 +294,26 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
 
 @torch.no_grad()
 def resample(sae, adam, dead, x):
-    """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, pointed at the
-    SAE's errors on examples from x [n, d_in], all different. (The paper: at the examples.)"""
+    """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, each pointed at
+    the SAE's error on another example from x [n, d_in]. (The paper: at the example itself.)"""
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
-    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: the squared error, squared; never 0
+    odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: squared error, squared; 0 cannot be drawn
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most n
     drawn = torch.multinomial(odds, len(revived))  # [n_revived], no example twice
     direction = F.normalize(error[drawn], dim=-1)  # [n_revived, d_in]
     # A direction within 45 degrees of one drawn before is dropped: its feature stays dead. (Where
-    # x is huge, errors are alike; if each copy wrote all that is missing, training would diverge.)
-    first = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived], bool
-    revived, drawn, direction = revived[first], drawn[first], direction[first]
+    # x is huge, errors are alike, and ten copies would add the error ten times: training diverges.)
+    is_new = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # [n_revived], bool
+    revived, drawn, direction = revived[is_new], drawn[is_new], direction[is_new]
     # Encoder and decoder both point there; the encoder's length is a fifth of the mean, as in the
-    # paper. b_enc lets the feature fire where (x - b_dec) @ direction is above a quarter of the
-    # error's length. (With the paper's 0, it fires on half of all tokens, and L1 soon kills it.)
+    # paper. With this b_enc, pre > threshold where (x - b_dec) @ direction > error's length / 4.
+    # (With the paper's 0, the feature fires on half of all tokens, with k on few: soon it is dead.)
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 4
-    # Adam's averages start anew, those of squared gradients at a typical value (a mean of roots: a
-    # few are huge). From 0, steps would be too long: Adam corrects for that at a run's start alone.
+    # Adam's averages start anew: the gradients' at 0, their squares' at a typical value (outliers
+    # count less in a mean of roots). From 0, steps would be too long: Adam corrects only its start.
     for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][place] = 0.0
         squared = adam.state[weight]["exp_avg_sq"]
@@ -325,7 +325,7 @@ def cross_entropy(model, hook_name, rows, replace):
     the activations x [n, seq_len - 1, d_in] at the hook. BOS keeps its own."""
     def splice(act, hook):
         x = act[:, 1:]
-        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (joins heads, parts them)
+        x_hat = replace(x.flatten(2).float()).view_as(x).to(x)  # (heads joined, then parted)
         return torch.cat([act[:, :1], x_hat], dim=1)
     total = 0.0
     for part in tqdm(rows.split(4), "evaluating", leave=False):
@@ -360,7 +360,7 @@ def evaluate(model, hook_name, sae, rows):
 def report(model, hook_name, sae, rows, metrics, frequency, page):
     """Prints metrics and up to twenty features, from rare to frequent, each with the five rows
     in which it fires most. Writes the same to the HTML file `page`."""
-    console = Console(record=True, file=io.StringIO(), width=100, highlight=False)  # only records
+    console = Console(record=True, file=io.StringIO(), width=100, highlight=False)  # prints nowhere
     for name, value in metrics.items():
         console.print(f"{name:>14}  {value:.4f}")
     # Features that fire on fewer than 2 of 10,000 tokens are left out: they have few examples.
@@ -380,13 +380,13 @@ def report(model, hook_name, sae, rows, metrics, frequency, page):
                 style = f"#000000 on rgb(255,{pale},{pale // 2})" if value > 0 else ""
                 line.append(repr(word)[1:-1], style)  # (repr: a newline as \n)
             console.print(line, soft_wrap=True)
-    console.save_html(page, clear=False)  # before print: a terminal may lack a character
+    console.save_html(page, clear=False)  # first: print fails where a terminal lacks a character
     print(console.export_text(styles=sys.stdout.isatty()))
 
 # ---- 8. All of it, in order ----------------------------------------------------------
 def run(args):
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+    torch.set_float32_matmul_precision("high")  # on a GPU: TF32, faster and less exact
     model = load_model(args.model, args.device)
     held_out, training = split_rows(args.dataset, model.tokenizer, args.seq_len, args.held_out)
     held_out = held_out.to(args.device)
@@ -414,7 +414,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny-1l", help="tiny-1l, gelu-1l, a model on the Hub, or a folder")
-    add("--hook", default="blocks.0.mlp.hook_post", help="where x is: a name of TransformerLens")
+    add("--hook", default="blocks.0.mlp.hook_post", help="where x is: a hook of TransformerLens")
     add("--dataset", default="stdlib", help="stdlib, 'files/*.txt', or NAME[:SUBSET] on the Hub")
     add("--seq-len", type=int, default=128, help="tokens in a row, with BOS")
     add("--held-out", type=int, default=384, help="rows to measure on, at most (1 in 32)")
