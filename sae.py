@@ -178,7 +178,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.register_buffer("threshold", torch.zeros(d_sae))  # all equal, but load may scale each
 
     def pre_activations(self, x):
-        # Multiplied out: the gradient of (x - b_dec) would cost a product as large as x @ W_enc.
+        # Multiplied out: the gradient of x - b_dec would be one more product as large as x @ W_enc.
         return x @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # [..., d_sae]
 
     def encode(self, x):
@@ -295,7 +295,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
 @torch.no_grad()
 def resample(sae, adam, dead, x):
     """The paper's neuron resampling: dead features (dead [d_sae], bool) start anew, each pointed at
-    the SAE's error on another example from x [n, d_in]. (The paper: at the example itself.)"""
+    the SAE's error on an example of its own in x [n, d_in]. (The paper: at the example itself.)"""
     error = torch.cat([part - sae(part)[0] for part in x.split(1024)])  # [n, d_in]
     odds = error.pow(2).sum(-1).pow(2) + 1e-30  # [n]: squared error, squared; 0 cannot be drawn
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], at most n
@@ -312,8 +312,8 @@ def resample(sae, adam, dead, x):
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 4
-    # Adam's averages start anew: the gradients' at 0, their squares' at a typical value (outliers
-    # count less in a mean of roots). From 0, steps would be too long: Adam corrects only its start.
+    # Adam's averages start anew: the gradients' at 0, their squares' at a typical value (a mean of
+    # roots: outliers count less). At 0, steps are too long: Adam mends that at a run's start alone.
     for weight, place in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][place] = 0.0
         squared = adam.state[weight]["exp_avg_sq"]
