@@ -1,29 +1,29 @@
 """sae.py: find features in a language model's activations with a sparse autoencoder (SAE).
 
-What does a language model compute? Its neurons hardly tell: most of them fire on several unrelated
-things. The likely reason is called superposition. The model keeps track of more things than it has
-neurons, so it cannot give each a neuron of its own. It gives each a direction instead, a pattern
-over many neurons. The patterns overlap, but only a few of the things matter at any one token.
+What does a language model compute? To look at single neurons hardly helps: most of them fire on
+several unrelated things. The likely reason is called superposition. The model keeps track of more
+things than it has neurons, so it gives each thing not a neuron but a direction, a pattern over many
+neurons. The patterns overlap, but seldom clash, as few of the things matter at any one token.
 
-An SAE looks for these directions, the features. It learns d_sae of them, more than there are
-neurons, so that x, the activations at a token (d_in numbers), is nearly a sum of a few features:
+An SAE looks for these directions, which are called features. It learns d_sae of them, more than
+there are neurons, so that the activations x at a token (d_in numbers) are nearly a sum of a few:
 
     f     = relu((x - b_dec) @ W_enc + b_enc)    how much of each feature is in x: mostly 0
     x_hat = f @ W_dec + b_dec                    x rebuilt; row i of W_dec is feature i's direction
-    loss  = |x_hat - x|^2 + l1 * sum(f)          low if a few features rebuild x well
+    loss  = |x_hat - x|^2 + l1 * sum(f)          l1 times the sum makes few features fire (f > 0)
 
 This file follows "Towards Monosemanticity" (Bricken et al. 2023) and its early replication, Neel
-Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` runs tiny-1l, a small transformer (in
-assets/), on a million tokens of Python, and learns 4,096 features of the 512 neurons of its MLP, in
-three minutes on two CPU cores. One of them, feature 3622, fires on " while" and adds 0.20 to the
+Nanda's 1L-Sparse-Autoencoder. `python sae.py --steps 1000` takes three minutes on two CPU cores. It
+runs tiny-1l, a small transformer, on a million tokens of Python, and finds 4,096 features in the
+512 neurons of its MLP. One of them, feature 3622, fires on " while". There it adds 0.20 to the
 probability that " True" comes next. On text that it was not trained on, the SAE scores
 
-    loss_recovered  0.9738    the model with x_hat in place of x: 1 is as with x, 0 as with zeros
-    l0              35.9      how many features fire (f > 0) at a token, on average
+    loss_recovered  0.9738    the model run on x_hat: 1 if as good as on x, 0 if as bad as on zeros
+    l0              35.9      how many features fire at a token, on average
     fvu             0.1431    fraction of x's variance unexplained: what is missing in x_hat
     dead            0.0007    the fraction of features that never fire
 
-A larger l1 brings l0 down to 10 or 20, which is easier to read, but then more of x is missing.
+36 features at a token are a lot to read. A larger l1 leaves 10 or 20, but more of x is missing.
 """
 import argparse
 import io
@@ -53,8 +53,8 @@ def open_dataset(name):
     paths = sorted(glob(str(Path(name).expanduser()), recursive=True))
     if not paths and "*" not in name:  # then it is a name on the Hub
         return load_dataset(*name.split(":"), split="train", streaming=True)
-    files = [escape(path) for path in paths if Path(path).is_file()]
-    endings = " ".join("".join(Path(file).suffixes) for file in files).lower()
+    files = [escape(path) for path in paths if Path(path).is_file()]  # load_dataset globs again
+    endings = " ".join("".join(Path(file).suffixes) for file in files).lower()  # ".jsonl.gz ..."
     for kind in ("json", "csv", "parquet"):  # tables, with a text in each row
         if kind in endings:
             return load_dataset(kind, data_files=files, split="train", streaming=True)
@@ -62,17 +62,17 @@ def open_dataset(name):
                         sample_by="document", encoding="utf-8-sig")  # each file is one text
 
 def all_tokens(dataset, tokenizer):
-    """Yields the tokens of all texts, the same ones in every call, and EOS after each text"""
+    """Yields the tokens of all texts, the same ones in every call. EOS follows each raw text."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    padding = {tokenizer.pad_token_id} - {eos}  # where PAD is EOS, a repeated EOS is padding
+    padding = {tokenizer.pad_token_id} - {eos}  # an EOS may be real: only its repeats go (below)
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         if "text" in example:
             # Without split_special_tokens, a text that says "<|endoftext|>" would contain an EOS.
             yield from tokenizer(example["text"] or "", add_special_tokens=False,
                                  split_special_tokens=True)["input_ids"]
             yield eos
-        else:  # already tokenized: leaves out padding, and BOS in front
-            last = bos
+        else:  # already tokenized: skips padding, a BOS in front, and repeats of BOS or EOS
+            last = bos  # as if a BOS had come before, so that one in front is a repeat
             for token in example["tokens"] or []:
                 if token not in padding and not (token == last and token in (bos, eos)):
                     yield token
@@ -81,14 +81,14 @@ def all_tokens(dataset, tokenizer):
 def token_rows(dataset, tokenizer, seq_len):
     """Joins all texts and cuts them into rows: lists of BOS and seq_len - 1 tokens"""
     tokens = all_tokens(dataset, tokenizer)
-    for row in zip(*[tokens] * (seq_len - 1)):  # so many at a time; a shorter rest is left out
+    for row in zip(*[tokens] * (seq_len - 1)):  # seq_len - 1 tokens each; drops a shorter rest
         yield [tokenizer.bos_token_id, *row]
 
 def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
     """Rows 0, 32, 64, ... are for measuring, never for training. Returns the first n_held_out of
     these, a tensor [n_held_out, seq_len], and a generator of all other rows, pass after pass."""
     rows = token_rows(dataset, tokenizer, seq_len)
-    held_out = list(islice(rows, 0, 32 * max(2, n_held_out), 32))
+    held_out = list(islice(rows, 0, 32 * max(2, n_held_out), 32))  # at least 2, for the check
     assert len(held_out) > 1, f"--dataset {dataset}: fewer than 33 rows of tokens"
     def training_rows():
         while True:
@@ -116,7 +116,7 @@ def get_activations(model, hook_name, tokens):
         raise StopAtLayerException(act)  # ends the run here: run_with_hooks then returns act
     act = model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_name, stop)])
     assert act is not None and act.shape[:2] == tokens.shape, f"{hook_name}: no vector per token"
-    assert "resid_mid" not in hook_name, f"{hook_name}: only the MLP reads it; take hook_resid_pre"
+    assert "resid_mid" not in hook_name, f"{hook_name}: a change there reaches the MLP alone"
     return act.flatten(2).float()  # (attention heads, if there are any, are put side by side)
 
 def replace_activations(model, hook_name, tokens, change, return_type):
@@ -131,7 +131,7 @@ def replace_activations(model, hook_name, tokens, change, return_type):
 # ---- 3. The activation buffer --------------------------------------------------------
 @torch.no_grad()
 def activation_buffer(get_x, rows, batch_size, n_batches=64, device="cpu"):
-    """Yields batches of x [batch_size, d_in], each mixed from many texts, as the x of one text are
+    """Yields batches of x [batch_size, d_in], each mixed from many texts: those of one text are
     alike. It holds n_batches, serves a random half, writes new x over that half, and so on.
     get_x: tokens [n, seq_len] -> x [n, seq_len, d_in]. rows: yields rows of tokens without end."""
     seq_len, d_in = get_x(torch.tensor([next(rows)], device=device)).shape[1:]
@@ -144,26 +144,26 @@ def activation_buffer(get_x, rows, batch_size, n_batches=64, device="cpu"):
             x = get_x(tokens)[:, 1:]  # without BOS, whose x is the same in every row
             buffer[slots] = rearrange(x, "row pos d_in -> (row pos) d_in")[:len(slots)]
 
-        free = torch.randperm(len(buffer), device=device)[:len(buffer) // 2]
+        free = torch.randperm(len(buffer), device=device)[:len(buffer) // 2]  # a random half
         for slots in free.split(batch_size):
             yield buffer[slots]  # [batch_size, d_in]
 
 # ---- 4. The autoencoder --------------------------------------------------------------
 class SparseAutoencoder(torch.nn.Module):
-    """The formulas on top, with relu's 0 replaced by a threshold. Few features fire for one of two
-    reasons. In the paper, the threshold is 0 and the loss has an L1 penalty. With k there is no
-    penalty, but move_threshold keeps the threshold so high that k features per token are above it,
-    on average (much like BatchTopK, Bussmann et al. 2024)."""
+    """The formulas on top, but a feature fires above a threshold, not above 0. There are two ways
+    to make few features fire. In the paper's, the threshold is 0 and the loss has an L1 penalty.
+    In the other, k is given and there is no penalty: move_threshold keeps the threshold so high
+    that k features per token fire, on average (much like BatchTopK, Bussmann et al. 2024)."""
 
     def __init__(self, d_in, d_sae):
         super().__init__()
         self.W_dec = torch.nn.Parameter(F.normalize(torch.randn(d_sae, d_in), dim=-1))
-        # The encoder starts as the decoder, scaled so that x_hat starts near x. Without relu, x_hat
-        # would be x @ W_dec.T @ W_dec, about d_sae / d_in times x. Relu halves that.
+        # The encoder starts as the decoder, scaled so that x_hat starts near x. For random rows,
+        # x @ W_dec.T @ W_dec is about d_sae / d_in times x. Relu halves it. The factor undoes both.
         self.W_enc = torch.nn.Parameter(2 * d_in / d_sae * self.W_dec.data.T.contiguous())
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # (all equal, unless load scales it)
+        self.register_buffer("threshold", torch.zeros(d_sae))  # (all equal at first)
 
     def encode(self, x):
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc  # [..., d_sae]
@@ -181,13 +181,13 @@ class SparseAutoencoder(torch.nn.Module):
         x_hat, f = self(x)
         squared_error = (x_hat - x).pow(2).sum(-1).mean()
         # We want few features to fire, but their number has no gradient. The sum of f has one, and
-        # pulls small f down to 0. (It makes large f a little too small, too. With k they are not.)
+        # pulls small f down to 0. (It also makes large f a little too small. k does not.)
         sparsity = f.sum(-1).mean()  # the L1 norm, since f is never negative
         return squared_error + l1 * sparsity, x_hat, f
 
     @torch.no_grad()
     def move_threshold(self, x, k):
-        """Moves the threshold to where k * n of the pre-activations of x [n, d_in] are above it"""
+        """Moves the threshold a bit towards where k features per row of x [n, d_in] fire"""
         pre = ((x - self.b_dec) @ self.W_enc + self.b_enc).flatten()  # [n * d_sae]
         highest = pre.topk(min(round(k * len(x)), len(pre))).values  # the highest one first
         goal = highest[-1].clamp(min=0)  # f is never negative
@@ -197,8 +197,8 @@ class SparseAutoencoder(torch.nn.Module):
     # halve f, double W_dec, same x_hat. A step is project_gradient, optimizer.step, normalize.
     @torch.no_grad()
     def project_gradient(self):
-        """Before the step: removes what the gradient of each row has along the row itself.
-        normalize would undo its effect on W_dec, but not on Adam's averages."""
+        """Before the step: removes the part of each row's gradient that points along the row.
+        normalize would undo that part in W_dec, but it would stay in Adam's averages."""
         along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # [d_sae, 1]
         self.W_dec.grad -= along * self.W_dec
 
@@ -213,9 +213,9 @@ class SparseAutoencoder(torch.nn.Module):
         """Reads a state_dict, such as the sae.pt that `run` saves"""
         weights = torch.load(file, map_location="cpu")
         sae = cls(*weights["W_enc"].shape)
-        sae.load_state_dict({"threshold": sae.threshold, **weights})  # if it has none: 0
+        sae.load_state_dict({"threshold": sae.threshold, **weights})  # (0 if the file has none)
         sae.threshold.clamp_(min=0)  # f is never negative
-        # Elsewhere rows may have other lengths. The length goes over to f, so x_hat is the same.
+        # Rows from elsewhere may have other lengths. f takes the length over: x_hat is the same.
         length = sae.W_dec.norm(dim=-1)  # [d_sae]
         for weight in (sae.W_enc, sae.b_enc, sae.threshold):
             weight *= length
@@ -237,11 +237,11 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     # spread makes up for that, so the same l1 does the same for every model.
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
 
-    # The default rate was found by trial: 0.005 at 4,096 features and 1,000 steps. Adam moves each
-    # number by about its rate per step. Biases are as large as x is, so their rate must be, too.
+    # Found by trial: 0.005 is right for 4,096 features and 1,000 steps. Adam moves each number by
+    # about its rate per step, so a bias needs a rate in proportion to the numbers in x.
     lr = lr or 0.005 * (4096 / len(sae.b_enc)) ** 0.5 * (1000 / max(600, steps)) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # by trial: with k, fewer then die
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # by trial: with k, fewer die so
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
     ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: Adam's own is too large if x is small)
@@ -277,7 +277,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
             fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
             l0 = (f > 0).sum() / len(x)
             bar.set_postfix(fvu=fvu.item(), l0=l0.item(), dead=dead.float().mean().item())
-            assert fvu.isfinite(), f"fvu is {fvu} at step {step}, which is not saved"
+            assert fvu.isfinite(), f"step {step}: fvu is {fvu}, so this SAE is not saved"
             # Near the end it is too late to learn. And in an SAE that was loaded, features that
             # seem dead in a short run may just be rare.
             if is_new and dead.any() and step < 0.85 * steps:
@@ -289,7 +289,7 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
 def resample(sae, adam, dead, x):
     """The paper's neuron resampling. A feature that never fires gets no gradient, so it stays dead.
     Here the features in dead [d_sae] (bool) start anew, each in the direction of what the SAE
-    misses in one of the examples x [n, d_in]. (In the paper, of the example itself.)"""
+    misses in one of the examples x [n, d_in]. (The paper takes the example itself.)"""
     error = torch.cat([chunk - sae(chunk)[0] for chunk in x.split(1024)])  # [n, d_in]
     loss = error.pow(2).sum(-1)  # [n]
     revived = dead.nonzero().flatten()[:len(x)]  # [n_revived], their numbers
@@ -301,15 +301,15 @@ def resample(sae, adam, dead, x):
     keep = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # cosines with earlier ones
     revived, drawn, direction = revived[keep], drawn[keep], direction[keep]
 
-    # The encoder starts at a fifth of the mean length, as in the paper. The bias makes the feature
-    # fire where (x - b_dec) @ direction > |error| / 4. (With the paper's 0, on half of all tokens.)
+    # The encoder starts at a fifth of the mean length, as in the paper. The bias makes it fire where
+    # (x - b_dec) @ direction > |error| / 4. (The paper's bias, 0, would on half of all tokens.)
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
     sae.b_enc[revived] = sae.threshold[revived] - length * loss[drawn].sqrt() / 4
 
-    # Adam's averages start anew: gradients at 0, their squares at a typical value. (Adam divides by
-    # the roots, so the mean is of roots. From the paper's 0, the next steps would be too long.)
+    # Adam's averages start anew: of gradients at 0, of their squares at a typical value. (At 0, as
+    # in the paper, the next steps would be too long. Adam uses the root, so we average roots.)
     for weight, index in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][index] = 0.0
         squared = adam.state[weight]["exp_avg_sq"]
@@ -336,7 +336,7 @@ def evaluate(model, hook_name, sae, rows):
         error += (x_hat - chunk).pow(2).sum().item()
         fired += (f > 0).sum(0)
     metrics = {
-        "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce or math.nan),  # nan if ce_zero = ce
+        "loss_recovered": (ce_zero - ce_sae) / ((ce_zero - ce) or math.nan),  # not / 0
         "ce": ce, "ce_sae": ce_sae, "ce_zero": ce_zero,
         "l0": fired.sum().item() / len(x),
         "fvu": error / (x - x.mean(0)).pow(2).sum().item(),
@@ -361,15 +361,15 @@ def effect(model, hook_name, sae, i, rows, pos):
 
 @torch.no_grad()
 def report(model, hook_name, sae, rows, shown, heading, page):
-    """Shows each feature in `shown`: how often it fires, the next tokens it makes likelier, and the
-    five of rows [n, seq_len] where f is largest. Prints this, and writes it to the page (HTML)."""
-    text = Text(f"{heading}\n\nThe deeper the orange, the larger f. In front: where it is largest.")
+    """Shows each feature in `shown`: how often it fires, the five of rows [n, seq_len] where f is
+    largest, and the next tokens it makes likelier there. Prints it, and writes the page (HTML)."""
+    text = Text(f"{heading}\n\nThe deeper the orange, the larger f. First: the token it peaks at.")
     chunks = (get_activations(model, hook_name, chunk) for chunk in rows.split(4))
     f = torch.cat([sae.encode(x)[..., shown] for x in chunks])  # [n, seq_len, shown]
     f[:, 0] = 0.0  # BOS, on which the SAE was not trained
     for i, f_i in zip(shown, f.unbind(-1)):  # [n, seq_len]
         peak, pos = f_i.max(dim=1)  # [n]
-        best = peak.topk(min(5, (peak > 0).sum())).indices  # the rows to show
+        best = peak.topk(min(5, (peak > 0).sum())).indices  # the rows to show, if any
         added, tokens = effect(model, hook_name, sae, i, rows[best], pos[best]).topk(3)
         text.append(f"\n\nfeature {i} fires on {f_i[:, 1:].sign().mean():.3%} of tokens", "bold")
         for word, p in zip(model.to_str_tokens(tokens), added):
@@ -383,7 +383,7 @@ def report(model, hook_name, sae, rows, shown, heading, page):
                 text.append(repr(words[j])[1:-1], style)  # (repr: a newline is shown as \n)
     paper = Console(record=True, file=io.StringIO())
     paper.print(text, soft_wrap=True)
-    paper.save_html(page)  # first, as the terminal may lack a letter, which is an error
+    paper.save_html(page)  # before printing, as a terminal may fail on a letter it cannot show
     Console().print(text.append(f"\n\nThe same as a page: {page}"), soft_wrap=True)
 
 # ---- 8. All of it, in order ----------------------------------------------------------
@@ -391,7 +391,7 @@ def run(args):
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")  # on a GPU: TF32, faster and less exact
     model = load_model(args.model, args.device)
-    assert args.seq_len <= model.cfg.n_ctx, f"--seq-len: {args.model} reads {model.cfg.n_ctx}"
+    assert args.seq_len <= model.cfg.n_ctx, f"--seq-len: at most {model.cfg.n_ctx} for this model"
     held_out, training = split_rows(args.dataset, model.tokenizer, args.seq_len, args.held_out)
     held_out = held_out.to(args.device)
     buffer = activation_buffer(lambda tokens: get_activations(model, args.hook, tokens),
@@ -403,12 +403,12 @@ def run(args):
         sae = SparseAutoencoder.load(args.load)
         assert len(sae.b_dec) == d_in, f"--load: its d_in is {len(sae.b_dec)}, not {d_in}"
     if args.steps == 0 and not args.out:
-        out = Path(args.load).parent  # figures stand beside the SAE that they are of
+        out = Path(args.load).parent  # metrics and report go next to the SAE they describe
     sae.to(args.device)
     out.mkdir(parents=True, exist_ok=True)
     def save():  # via a new file: if the run is killed here, the old one is intact
         for figures in ("metrics.json", "report.html"):
-            (out / figures).unlink(missing_ok=True)  # those of an SAE that is overwritten
+            (out / figures).unlink(missing_ok=True)  # they would no longer be those of sae.pt
         torch.save(sae.state_dict(), out / "new.pt")
         (out / "new.pt").replace(out / "sae.pt")
 
