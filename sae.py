@@ -301,7 +301,7 @@ def resample(sae, adam, dead, x):
     keep = (direction @ direction.T).tril(-1).amax(dim=1) < 0.7  # cosines with earlier ones
     revived, drawn, direction = revived[keep], drawn[keep], direction[keep]
 
-    # The encoder starts at a fifth of the mean length, as in the paper. The bias makes it fire where
+    # The encoder starts at a fifth of the mean length, as in the paper. The bias lets it fire where
     # (x - b_dec) @ direction > |error| / 4. (The paper's bias, 0, would on half of all tokens.)
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
@@ -407,9 +407,9 @@ def run(args):
     sae.to(args.device)
     out.mkdir(parents=True, exist_ok=True)
     def save():  # via a new file: if the run is killed here, the old one is intact
+        torch.save(sae.state_dict(), out / "new.pt")
         for figures in ("metrics.json", "report.html"):
             (out / figures).unlink(missing_ok=True)  # they would no longer be those of sae.pt
-        torch.save(sae.state_dict(), out / "new.pt")
         (out / "new.pt").replace(out / "sae.pt")
 
     if args.steps > 0:
