@@ -1,12 +1,12 @@
 """sae.py: find features in a language model's activations with a sparse autoencoder (SAE).
 
-What does a language model compute? To look at single neurons hardly helps: most of them fire on
+What does a language model compute? Looking at single neurons hardly helps: most of them fire on
 several unrelated things. The likely reason is called superposition. The model keeps track of more
 things than it has neurons, so it gives each thing not a neuron but a direction, a pattern over many
-neurons. The patterns overlap, but seldom clash, as few of the things matter at any one token.
+neurons. The patterns overlap, but seldom clash, since only a few things matter at any one token.
 
-An SAE looks for these directions, which are called features. It learns d_sae of them, more than
-there are neurons, so that the activations x at a token (d_in numbers) are nearly a sum of a few:
+An SAE looks for these directions, called features. It learns d_sae of them, more than there are
+neurons. A few of them should nearly add up to x, the activations at a token (d_in numbers):
 
     f     = relu((x - b_dec) @ W_enc + b_enc)    how much of each feature is in x: mostly 0
     x_hat = f @ W_dec + b_dec                    x rebuilt; row i of W_dec is feature i's direction
@@ -18,12 +18,12 @@ runs tiny-1l, a small transformer, on a million tokens of Python, and finds 4,09
 512 neurons of its MLP. One of them, feature 3622, fires on " while". There it adds 0.21 to the
 probability that " True" comes next. On text that it was not trained on, the SAE scores
 
-    loss_recovered  0.9738    the model run on x_hat: 1 if as good as on x, 0 if as bad as on zeros
+    loss_recovered  0.9738    how well the model predicts with x_hat: 1 as with x, 0 as with zeros
     l0              35.5      how many features fire at a token, on average
     fvu             0.1425    fraction of x's variance unexplained: what is missing in x_hat
     dead            0.0007    the fraction of features that never fire
 
-36 features at a token are a lot to read. A larger l1 leaves 10 or 20, but more of x is missing.
+An l0 of 36 is on the high side: 10 to 20 are easier to read. A larger l1 lowers l0 and raises fvu.
 """
 import argparse
 import io
@@ -55,7 +55,7 @@ def open_dataset(name):
         return load_dataset(*name.split(":"), split="train", streaming=True)
     files = [escape(path) for path in paths if Path(path).is_file()]  # load_dataset globs again
     endings = " ".join("".join(Path(file).suffixes) for file in files).lower()  # ".jsonl.gz ..."
-    for kind in ("json", "csv", "parquet"):  # tables, with a text in each row
+    for kind in ("json", "csv", "parquet"):  # tables; ("json" is in ".jsonl.gz", too)
         if kind in endings:
             return load_dataset(kind, data_files=files, split="train", streaming=True)
     return load_dataset("text", data_files=files, split="train", streaming=True,
@@ -64,7 +64,7 @@ def open_dataset(name):
 def all_tokens(dataset, tokenizer):
     """Yields the tokens of all texts, the same ones in every call. EOS follows each raw text."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    padding = {tokenizer.pad_token_id} - {eos}  # an EOS may be real: only its repeats go (below)
+    padding = {tokenizer.pad_token_id} - {eos}  # if padding is EOS, only its repeats go (below)
     for example in open_dataset(dataset).shuffle(seed=0, buffer_size=1000):
         if "text" in example:
             # Without split_special_tokens, a text that says "<|endoftext|>" would contain an EOS.
@@ -88,8 +88,8 @@ def split_rows(dataset, tokenizer, seq_len=128, n_held_out=384):
     """Rows 0, 32, 64, ... are for measuring, never for training. Returns the first n_held_out of
     these, a tensor [n_held_out, seq_len], and a generator of all other rows, pass after pass."""
     rows = token_rows(dataset, tokenizer, seq_len)
-    held_out = list(islice(rows, 0, 32 * max(2, n_held_out), 32))  # at least 2, for the check
-    assert len(held_out) > 1, f"--dataset {dataset}: fewer than 33 rows of tokens"
+    held_out = list(islice(rows, 0, 32 * max(2, n_held_out), 32))  # the second is row 32
+    assert len(held_out) > 1, f"--dataset {dataset}: fewer than 33 rows, too few to train on"
     def training_rows():
         while True:
             rows = enumerate(token_rows(dataset, tokenizer, seq_len))
@@ -116,7 +116,7 @@ def get_activations(model, hook_name, tokens):
         raise StopAtLayerException(act)  # ends the run here: run_with_hooks then returns act
     act = model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_name, stop)])
     assert act is not None and act.shape[:2] == tokens.shape, f"{hook_name}: no vector per token"
-    assert "resid_mid" not in hook_name, f"{hook_name}: a change there reaches the MLP alone"
+    assert "resid_mid" not in hook_name, f"{hook_name}: the skip connection would not be replaced"
     return act.flatten(2).float()  # (attention heads, if there are any, are put side by side)
 
 def replace_activations(model, hook_name, tokens, change, return_type):
@@ -131,7 +131,7 @@ def replace_activations(model, hook_name, tokens, change, return_type):
 # ---- 3. The activation buffer --------------------------------------------------------
 @torch.no_grad()
 def activation_buffer(get_x, rows, batch_size, n_batches=64, device="cpu"):
-    """Yields batches of x [batch_size, d_in], each mixed from many texts: those of one text are
+    """Yields batches of x [batch_size, d_in], each from many texts, since the x of one text are
     alike. It holds n_batches, serves a random half, writes new x over that half, and so on.
     get_x: tokens [n, seq_len] -> x [n, seq_len, d_in]. rows: yields rows of tokens without end."""
     seq_len, d_in = get_x(torch.tensor([next(rows)], device=device)).shape[1:]
@@ -150,10 +150,10 @@ def activation_buffer(get_x, rows, batch_size, n_batches=64, device="cpu"):
 
 # ---- 4. The autoencoder --------------------------------------------------------------
 class SparseAutoencoder(torch.nn.Module):
-    """The formulas on top, but a feature fires above a threshold, not above 0. There are two ways
-    to make few features fire. In the paper's, the threshold is 0 and the loss has an L1 penalty.
-    In the other, k is given and there is no penalty: move_threshold keeps the threshold so high
-    that k features per token fire, on average (much like BatchTopK, Bussmann et al. 2024)."""
+    """The formulas at the top, with a threshold in place of relu's 0. There are two ways to make
+    few features fire. In the paper's way, it stays 0 and the loss has an L1 penalty. In the other,
+    k is given and there is no penalty: move_threshold keeps the threshold so high that k features
+    per token fire, on average (much like BatchTopK, Bussmann et al. 2024)."""
 
     def __init__(self, d_in, d_sae):
         super().__init__()
@@ -163,7 +163,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_enc = torch.nn.Parameter(2 * d_in / d_sae * self.W_dec.data.T.contiguous())
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("threshold", torch.zeros(d_sae))  # (all equal at first)
+        self.register_buffer("threshold", torch.zeros(d_sae))  # (equal, unless load scales them)
 
     def encode(self, x):
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc  # [..., d_sae]
@@ -181,7 +181,7 @@ class SparseAutoencoder(torch.nn.Module):
         x_hat, f = self(x)
         squared_error = (x_hat - x).pow(2).sum(-1).mean()
         # We want few features to fire, but their number has no gradient. The sum of f has one, and
-        # pulls small f down to 0. (It also makes large f a little too small. k does not.)
+        # pulls small f down to 0. (It also makes large f a little too small. With k, f is not.)
         sparsity = f.sum(-1).mean()  # the L1 norm, since f is never negative
         return squared_error + l1 * sparsity, x_hat, f
 
@@ -190,7 +190,7 @@ class SparseAutoencoder(torch.nn.Module):
         """Moves the threshold a bit towards where k features per row of x [n, d_in] fire"""
         pre = ((x - self.b_dec) @ self.W_enc + self.b_enc).flatten()  # [n * d_sae]
         highest = pre.topk(min(round(k * len(x)), len(pre))).values  # the highest one first
-        goal = highest[-1].clamp(min=0)  # f is never negative
+        goal = highest[-1].clamp(min=0)  # below 0, f would be negative
         self.threshold += 0.1 * (goal - self.threshold)  # a tenth of the way, as batches differ
 
     # The unit-norm rule: rows of W_dec keep length 1. Without it the SAE can cheat the L1 penalty:
@@ -237,11 +237,11 @@ def train(sae, next_batch, steps, lr=None, l1=0.07, k=None, save=lambda: None):
     # spread makes up for that, so the same l1 does the same for every model.
     spread = (x - x.mean(0)).norm(dim=-1).median().item()
 
-    # Found by trial: 0.005 is right for 4,096 features and 1,000 steps. Adam moves each number by
-    # about its rate per step, so a bias needs a rate in proportion to the numbers in x.
+    # Found by trial, with the powers: 0.005 is right for 4,096 features and 1,000 steps. Adam moves
+    # a number by about lr per step, large or small, so the biases need an lr on the scale of x.
     lr = lr or 0.005 * (4096 / len(sae.b_enc)) ** 0.5 * (1000 / max(600, steps)) ** (1 / 3)
     adam = torch.optim.Adam([
-        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # by trial: with k, fewer die so
+        {"params": [sae.W_enc], "lr": 0.7 * lr if k else lr},  # with k, fewer die at this rate
         {"params": [sae.W_dec], "lr": lr},
         {"params": [sae.b_enc, sae.b_dec], "lr": lr * spread / x.shape[1] ** 0.5},
     ], betas=(0.9, 0.99), eps=1e-16, fused=True)  # (eps: Adam's own is too large if x is small)
@@ -306,10 +306,10 @@ def resample(sae, adam, dead, x):
     length = 0.2 * sae.W_enc.norm(dim=0).mean()
     sae.W_dec[revived] = direction
     sae.W_enc[:, revived] = length * direction.T
-    sae.b_enc[revived] = sae.threshold[revived] - length * loss[drawn].sqrt() / 4
+    sae.b_enc[revived] = sae.threshold[revived] - length * error[drawn].norm(dim=-1) / 4
 
-    # Adam's averages start anew: of gradients at 0, of their squares at a typical value. (At 0, as
-    # in the paper, the next steps would be too long. Adam uses the root, so we average roots.)
+    # Adam's two averages start anew: that of the gradient at 0, that of its square at a typical
+    # value. (In the paper both start at 0. The next steps would then be too long.)
     for weight, index in ((sae.W_dec, revived), (sae.W_enc, (..., revived)), (sae.b_enc, revived)):
         adam.state[weight]["exp_avg"][index] = 0.0
         squared = adam.state[weight]["exp_avg_sq"]
@@ -363,7 +363,7 @@ def effect(model, hook_name, sae, i, rows, pos):
 def report(model, hook_name, sae, rows, shown, heading, page):
     """Shows each feature in `shown`: how often it fires, the five of rows [n, seq_len] where f is
     largest, and the next tokens it makes likelier there. Prints it, and writes the page (HTML)."""
-    text = Text(f"{heading}\n\nThe deeper the orange, the larger f. First: the token it peaks at.")
+    text = Text(f"{heading}\n\nIn quotes: where f is largest. The deeper the orange, the larger f.")
     chunks = (get_activations(model, hook_name, chunk) for chunk in rows.split(4))
     f = torch.cat([sae.encode(x)[..., shown] for x in chunks])  # [n, seq_len, shown]
     f[:, 0] = 0.0  # BOS, on which the SAE was not trained
@@ -381,9 +381,9 @@ def report(model, hook_name, sae, rows, shown, heading, page):
                 pale = 255 - int(155 * f_i[n, j] / peak.max())
                 style = f"#000000 on rgb(255,{pale},{pale // 2})" if f_i[n, j] > 0 else ""
                 text.append(repr(words[j])[1:-1], style)  # (repr: a newline is shown as \n)
-    paper = Console(record=True, file=io.StringIO())
-    paper.print(text, soft_wrap=True)
-    paper.save_html(page)  # before printing, as a terminal may fail on a letter it cannot show
+    recorder = Console(record=True, file=io.StringIO())  # only keeps what it prints, for the page
+    recorder.print(text, soft_wrap=True)
+    recorder.save_html(page)  # before printing, as a terminal may fail on a letter it cannot show
     Console().print(text.append(f"\n\nThe same as a page: {page}"), soft_wrap=True)
 
 # ---- 8. All of it, in order ----------------------------------------------------------
@@ -416,11 +416,11 @@ def run(args):
         train(sae, lambda: next(buffer), args.steps, args.lr, args.l1, args.k, save)
     metrics, frequency = evaluate(model, args.hook, sae, held_out)
     (out / "metrics.json").write_text(json.dumps(metrics | vars(args), indent=1))
-    # About twenty, from rare to frequent, of those that fire on over 2 in 10,000 tokens
-    order = [i for i in frequency.argsort().tolist() if frequency[i] > 2e-4]
-    shown = args.features or order[::len(order) // 20 + 1]
-    heading = "".join(f"{name:>14}  {value:.4f}\n" for name, value in metrics.items())
-    report(model, args.hook, sae, held_out, shown, f"{heading}\n{vars(args)}", out / "report.html")
+    order = [i for i in frequency.argsort().tolist() if frequency[i] > 2e-4]  # not the rarest
+    shown = args.features or order[::len(order) // 20 + 1]  # about twenty, from rare to frequent
+    flags = [f"{name}={value}" for name, value in vars(args).items() if value is not None]
+    heading = "".join(f"\n{name:>14}  {value:.4f}" for name, value in metrics.items())
+    report(model, args.hook, sae, held_out, shown, " ".join(flags) + heading, out / "report.html")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
