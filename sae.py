@@ -336,7 +336,7 @@ def evaluate(model, hook_name, sae, rows):
         error += (x_hat - chunk).pow(2).sum().item()
         fired += (f > 0).sum(0)
     metrics = {
-        "loss_recovered": (ce_zero - ce_sae) / ((ce_zero - ce) or math.nan),  # not / 0
+        "loss_recovered": (ce_zero - ce_sae) / ((ce_zero - ce) or math.nan),  # no 0 / 0
         "ce": ce, "ce_sae": ce_sae, "ce_zero": ce_zero,
         "l0": fired.sum().item() / len(x),
         "fvu": error / (x - x.mean(0)).pow(2).sum().item(),
