@@ -429,7 +429,7 @@ def test_each_recipe_runs_as_it_stands(main, capsys):
     main("--k 8 --d-sae 4096 --features 1")
     names = {}  # (the second and the third go on from the first)
     for part, shown in (("to_tokens", r"\n' True'( +\d+: \d+\.\d+)+\n"), ("generate", "while"),
-                        ("histc", r"from +0.001%(.*\n){10}$"), ("randn", "FVU 0"), ("load_file", "")):
+                        ("histc", r"0.001%(.*\n){10}$"), ("randn", "FVU 0"), ("load_file", "")):
         exec(recipe(part), names)
         assert re.search(shown, capsys.readouterr().out)
     x, there = torch.randn(9, 512), S.SparseAutoencoder.load("run/sae.pt")
